@@ -1,0 +1,51 @@
+"""Errors and exit codes, in one place.
+
+0 done; 2 the user's mistake (one line on stderr, nothing on stdout); 3 stopped on a non-finite number; 130 interrupted.
+"""
+
+import argparse
+import os
+import sys
+
+
+class UserError(ValueError):
+    """A mistake of the user. The message is one line that names the value, the limit and the remedy."""
+
+
+class NonFiniteError(ArithmeticError):
+    """A NaN or an infinity where a number was needed; going on would only spread it."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that accepts --max_new_tokens for --max-new-tokens, and reports a mistake in one line."""
+
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+
+    def parse_args(self, args=None, namespace=None):
+        words = sys.argv[1:] if args is None else args
+        flag = lambda w: w.split("=")[0].replace("_", "-") + w[len(w.split("=")[0]):]
+        return super().parse_args([flag(w) if w.startswith("--") else w for w in words], namespace)
+
+    def error(self, message):
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def run(main):
+    """Call `main()` as a command-line program and leave the process with the right exit code."""
+    code = 0
+    try:
+        main()
+        sys.stdout.flush()
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        code = 2
+    except NonFiniteError as error:
+        print(f"stopped: {error}", file=sys.stderr)
+        code = 3
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130
+    except BrokenPipeError:  # the reader went away (| head): nothing is left to say, and nobody to say it to
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(code)
