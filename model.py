@@ -309,7 +309,7 @@ class BART(Model):
             x = layer(x, source_lengths)
         return x
 
-    def decode_features(self, target, memory, source_lengths=None, use_kv_cache=False, start_pos=0):
+    def features(self, target, memory, source_lengths=None, use_kv_cache=False, start_pos=0):
         """decode() without the head, (B, T) -> (B, T, C)."""
         fresh = not isinstance(start_pos, torch.Tensor) and start_pos == 0
         if use_kv_cache and memory is not None and not fresh:
@@ -331,7 +331,7 @@ class BART(Model):
         With use_kv_cache the first call (start_pos=0) projects the memory's keys and values and stores them; later
         calls read them, and may pass memory=None. Raises ValueError if they bring another memory.
         """
-        return self.lm_head(self.decode_features(target, memory, source_lengths, use_kv_cache, start_pos))
+        return self.lm_head(self.features(target, memory, source_lengths, use_kv_cache, start_pos))
 
     def forward(self, source, target, source_lengths=None):
         """Teacher forcing: logits (B, M, V) of every target position at once, as in training."""
