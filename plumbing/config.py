@@ -1,0 +1,68 @@
+"""Configuration: dataclasses hold the defaults, a TOML file and --section.key=value change them."""
+
+import difflib
+import tomllib
+from dataclasses import asdict, fields
+from types import UnionType
+from typing import get_args
+
+from plumbing.errors import UserError
+from plumbing.files import read_text
+
+MAX_BYTES = 2**20  # of a configuration file
+
+
+def read(path, overrides, sections):
+    """
+    The values that a TOML file and command-line overrides set: {section: {key: value}} for every one of `sections`.
+    An override is written --section.key=value, its value as in TOML (quotes around text may be left out).
+    """
+    try:
+        values = tomllib.loads(read_text(path, MAX_BYTES))
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise UserError(f"{path} is not valid TOML: {error or 'it is nested too deeply'}")
+    for override in overrides:
+        name, equals, text = override.removeprefix("--").partition("=")
+        section, dot, key = name.replace("-", "_").partition(".")
+        if not (override.startswith("--") and equals and dot):
+            raise UserError(f"{override!r} is not an override: write --section.key=value, e.g. --train.lr=3e-4")
+        try:
+            value = tomllib.loads(f"value = {text}")["value"]
+        except (tomllib.TOMLDecodeError, RecursionError):
+            value = text
+        known(section, sections, "section")
+        values.setdefault(section, {})[key] = value
+    for section, table in values.items():
+        known(section, sections, "section")
+        if not isinstance(table, dict):
+            raise UserError(f"{section} in {path} is the value {table!r}: it must be a table, [{section}]")
+    return {section: values.get(section, {}) for section in sections}
+
+
+def build(cls, values, section, **defaults):
+    """An instance of the dataclass with these values, their names and types checked, and validated."""
+    types = {field.name: field.type for field in fields(cls)}
+    for key, value in values.items():
+        known(key, types, f"key of [{section}]")
+        allowed = get_args(types[key]) if isinstance(types[key], UnionType) else (types[key],)
+        if isinstance(value, int) and type(value) is not bool and float in allowed and int not in allowed:
+            values = values | {key: float(value)}
+        elif type(value) not in allowed:
+            names = " or ".join(t.__name__ for t in allowed if t is not type(None))
+            raise UserError(f"{section}.{key} is {value!r}: it must be of type {names}")
+    config = cls(**(defaults | values))
+    config.validate()
+    return config
+
+
+def known(name, names, what):
+    """Raise UserError, with the nearest name that exists, unless there is such a name."""
+    if name not in names:
+        near = difflib.get_close_matches(name, list(names), n=1, cutoff=0)
+        raise UserError(f"there is no {what} {name!r}: did you mean {near[0]!r}?")
+
+
+def describe(**configs):
+    """All settings with their defaults, for --help."""
+    return "\n".join(f"--{section}.{key}={value}" for section, config in configs.items()
+                     for key, value in asdict(config).items())

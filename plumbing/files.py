@@ -1,0 +1,94 @@
+"""Reading files that somebody else wrote: kind, size and encoding are checked before a byte is believed.
+
+Everything that can be wrong with a file becomes a UserError that names the file; nothing here knows what is
+in it.
+"""
+
+import hashlib
+import json
+import os
+import stat
+import urllib.request
+from http.client import HTTPException
+from pathlib import Path
+
+from plumbing.errors import UserError
+
+MAX_BYTES = 64 * 2**20  # of a JSON or vocabulary file; GPT-2's largest has 1 MB, today's models 10 to 20
+
+
+def read_bytes(path, max_bytes=MAX_BYTES):
+    """The bytes of a regular file. A FIFO would block and a device never ends, so the kind is asked first."""
+    try:
+        info = os.stat(path)
+    except (OSError, ValueError) as error:  # ValueError: a path with a null byte in it
+        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', error)}; check the path") from None
+    if not stat.S_ISREG(info.st_mode):
+        raise UserError(f"{path} is not a regular file; pass a file that can be read to its end")
+    if info.st_size > max_bytes:
+        raise UserError(f"{path} has {info.st_size:,} bytes, the limit is {max_bytes:,}; cut it")
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; check its permissions") from None
+
+
+def read_text(path, max_bytes=MAX_BYTES):
+    """The text of a UTF-8 file, its line ends as they are."""
+    data = read_bytes(path, max_bytes)
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8: byte {data[error.start]:#04x} at offset {error.start:,}; "
+                        f"convert it first") from None
+
+
+def read_json(path, max_bytes=MAX_BYTES):
+    """The object (a dict) in a JSON file. A key given twice is refused: readers disagree on which counts."""
+    def unique(pairs):
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            keys = [key for key, _ in pairs]
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise UserError(f"{path} holds the key {twice!a} twice; keep one")
+        return found
+
+    try:
+        value = json.loads(read_text(path, max_bytes), object_pairs_hook=unique)
+    except RecursionError:
+        raise UserError(f"{path} is nested too deeply to be read; it is no file of ours") from None
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {error}; it may be cut short, fetch it again") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds a JSON {type(value).__name__}, not an object; check the file")
+    return value
+
+
+def fetch(url, sha256, path, remedy, seconds=10):
+    """The bytes behind `url`, kept at `path` between calls and believed only if their sha256 is right.
+
+    `remedy` ends the sentence of the UserError that an offline machine gets; `seconds` is how long a silent
+    network may keep us waiting.
+    """
+    path = Path(path)
+    if path.is_file():
+        data = read_bytes(path)
+        if hashlib.sha256(data).hexdigest() == sha256:
+            return data
+    try:
+        with urllib.request.urlopen(url, timeout=seconds) as reply:
+            data = reply.read(MAX_BYTES)
+    except (OSError, ValueError, HTTPException) as error:
+        raise UserError(f"cannot download {url} ({error}); {remedy}") from None
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise UserError(f"{url} answered with other bytes than the known ones (sha256 differs); {remedy}")
+    try:  # written beside and renamed: a reader sees the whole file or none
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name(f"{path.name}.{os.getpid()}")
+        beside.write_bytes(data)
+        beside.replace(path)
+    except OSError:
+        pass  # a cache that cannot be written costs the next run a download, nothing else
+    return data
