@@ -18,72 +18,16 @@ on the right, and every row decodes at its own position. Padding lies in a row's
 import json
 import sys
 import time
-from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 
+import cost
 from attention import Attention, CausalSelfAttention, KVCache
 from model import BART
-from plumbing.errors import NonFiniteError, Parser, UserError, run
-
-# -----------------------------------------------------------------------------
-# Choosing a token
-
-
-@dataclass(slots=True)
-class Sampling:
-    """
-    How a token is chosen from its logits. The default is greedy: the most likely one, the lowest id among equals.
-    Filters apply in the order top_k, top_p, min_p, each to what the one before it left.
-    """
-
-    temperature: float = 0.0     # logits are divided by this; 0 = greedy
-    top_k: int | None = None     # keep the k most likely tokens
-    top_p: float | None = None   # keep the most likely tokens until their probabilities reach p (Holtzman et al. 2019)
-    min_p: float | None = None   # keep tokens at least this fraction as likely as the most likely one
-    seed: int | None = None      # of the draws; None = different every time
-    n_vocab: int | None = None   # ids from here on are never chosen: a model's vocabulary may be padded
-
-    def validate(self):
-        if not 0 <= self.temperature < float("inf"):
-            raise UserError(f"temperature={self.temperature} must be a finite number, 0 (greedy) or above")
-        if self.top_k is not None and self.top_k < 1:
-            raise UserError(f"top_k={self.top_k} must be at least 1: leave it out to keep every token")
-        for name in ("top_p", "min_p"):
-            p = getattr(self, name)
-            if p is not None and not 0 <= p <= 1:
-                raise UserError(f"{name}={p} is a probability: choose it from 0 to 1")
-        if self.seed is not None and not 0 <= self.seed < 2**63:
-            raise UserError(f"seed={self.seed} must be from 0 to 2**63 - 1")
-
-    def chooser(self, device):
-        """A function logits (B, V) -> ids (B,) with a random generator of its own."""
-        self.validate()
-        generator = torch.Generator(device)
-        generator.seed() if self.seed is None else generator.manual_seed(self.seed)
-
-        def choose(logits):
-            logits = logits[:, : self.n_vocab].to(torch.promote_types(logits.dtype, torch.float32))
-            most = logits.amax(-1, keepdim=True)
-            if not most.isfinite().all():
-                raise NonFiniteError("the model's logits are not finite: its weights are damaged or its dtype overflows")
-            if self.temperature == 0:
-                return logits.argmax(-1)  # the first, so the lowest id, among equals
-            # relative to the maximum nothing overflows, however small the temperature
-            probs = ((logits - most) / max(self.temperature, 1e-30)).softmax(-1)
-            probs, ids = probs.topk(min(self.top_k or probs.size(-1), probs.size(-1)))  # sorted, most likely first
-            probs = probs / probs.sum(-1, keepdim=True)
-            if self.top_p is not None:
-                keep = probs.cumsum(-1) - probs < self.top_p  # the mass of everything more likely
-                keep[:, 0] = True
-                probs = probs * keep
-            if self.min_p is not None:
-                probs = probs.masked_fill(probs < self.min_p * probs[:, :1], 0)
-            return ids.gather(-1, torch.multinomial(probs, 1, generator=generator))[:, 0]
-
-        return choose
-
+from plumbing import cli, report
+from plumbing.errors import UserError, run
+from plumbing.tokenizers import StreamDecoder
+from sampling import Choice
 
 # -----------------------------------------------------------------------------
 # The strategies. Each makes a step: tokens (B, longest), lengths (B ints) -> logits (B, V) of the token that comes
@@ -220,7 +164,7 @@ def prepare(model, prompts, max_new_tokens, decoder_prompts):
     return source, texts
 
 
-def stream(model, prompts, max_new_tokens, *, strategy="cached", decoder_prompts=None, ignore_eos=False, **sampling):
+def stream(model, prompts, max_new_tokens, *, strategy="cached", decoder_prompts=None, ignore_eos=False, **choice):
     """
     generate(), one step at a time: yields lists of B ids, None for a row that has ended. Whatever is wrong with the
     request is found out here, before the first step. Between two steps the model is free for other use.
@@ -228,45 +172,140 @@ def stream(model, prompts, max_new_tokens, *, strategy="cached", decoder_prompts
     if strategy not in strategies(model):
         raise UserError(f"strategy={strategy!r} is not one of those this model has: {', '.join(strategies(model))}")
     device = next(model.parameters()).device
-    choose = Sampling(**sampling).chooser(device)
+    eos_id = None if ignore_eos else model.config.eos_id
+    choose = Choice(**choice).chooser(device, eos_id)
     source, texts = prepare(model, prompts, max_new_tokens, decoder_prompts)
-    return loop(model, strategies(model)[strategy](model, source), texts, max_new_tokens, choose,
-                eos_id=None if ignore_eos else model.config.eos_id)
+    return loop(model, strategies(model)[strategy](model, source), texts, max_new_tokens, choose, eos_id)
 
 
 def loop(model, step, texts, max_new_tokens, choose, eos_id):
     """The loop: whatever the strategy, step, choose, append."""
-    B, lengths = len(texts), [len(text) for text in texts]
-    room = max(lengths, default=0) + max_new_tokens
+    texts, alive = [list(text) for text in texts], [True] * len(texts)
+    room = max(map(len, texts), default=0) + max_new_tokens
     tokens = pad(texts, room, 0, next(model.parameters()).device)  # (B, room)
-    alive = [True] * B
-    borrowed = Borrowed(model, B, room)
-    while any(alive) and max_new_tokens > 0:
+    borrowed = Borrowed(model, len(texts), room)
+    for left in reversed(range(max_new_tokens)):
+        if not any(alive):
+            return
+        lengths = [len(text) for text in texts]
         with borrowed:
-            ids = choose(step(tokens[:, : max(lengths)], lengths))  # (B,)
-            tokens[range(B), lengths] = ids
-        lengths = [n + 1 for n in lengths]
-        max_new_tokens -= 1
+            ids = choose(step(tokens[:, : max(lengths)], lengths), texts, left == 0)  # (B,)
+            tokens[range(len(texts)), lengths] = ids
         ids = ids.tolist()
+        for text, i in zip(texts, ids):
+            text.append(i)
         yield [i if a else None for i, a in zip(ids, alive)]
         alive = [a and i != eos_id for i, a in zip(ids, alive)]
 
 
-def generate(model, prompts, max_new_tokens, *, strategy="cached", decoder_prompts=None, ignore_eos=False, **sampling):
+def generate(model, prompts, max_new_tokens, *, strategy="cached", decoder_prompts=None, ignore_eos=False, **choice):
     """
     The new ids of each row: a list of B lists, each up to and including the row's end-of-sequence id, no padding.
 
     prompts: B lists of ids, of any lengths: texts to continue for GPT, sources for BART (whose decoder starts from
     config.start_id, then the row of decoder_prompts, if given). strategy: see the top of this file; all give the same
-    tokens. ignore_eos: go on to max_new_tokens in every row. The rest are fields of Sampling: temperature=0.0
-    (greedy), top_k, top_p, min_p, seed, n_vocab.
+    tokens. ignore_eos: go on to max_new_tokens in every row. The rest are fields of Choice: temperature=0.0
+    (greedy), top_k, top_p, min_p, seed and so on.
 
     Raises UserError (a ValueError) if the request is not possible or does not fit block_size, before anything is
     computed; NonFiniteError if the logits are not numbers.
     """
     rows = [[] for _ in prompts]
     for ids in stream(model, prompts, max_new_tokens, strategy=strategy, decoder_prompts=decoder_prompts,
-                      ignore_eos=ignore_eos, **sampling):
+                      ignore_eos=ignore_eos, **choice):
         for row, i in zip(rows, ids):
             row.extend([] if i is None else [i])
     return rows
+
+
+# -----------------------------------------------------------------------------
+# The command line
+
+
+def write_text(model, tokenizer, prompt, ids, args, choice):
+    """Generate and print: one sample as it comes, several, which are one batch, at the end. Returns ids and seconds."""
+    steps = stream(model, [ids] * args.num_samples, args.max_new_tokens, strategy=args.strategy,
+                   ignore_eos=args.ignore_eos, **choice)
+    shown = "" if isinstance(model, BART) else prompt
+    live = args.num_samples == 1 and not args.no_stream and not args.json
+    rows, seconds, decoder, start = [[] for _ in range(args.num_samples)], [], StreamDecoder(tokenizer), time.perf_counter()
+    print(shown if live else "", end="", flush=True)
+    for step in steps:
+        seconds.append(time.perf_counter() - start)
+        start += seconds[-1]
+        for row, i in zip(rows, step):
+            row.extend([] if i is None else [i])
+        print(decoder.push(step[0]) if live else "", end="", flush=True)
+    if live:
+        print(decoder.flush())
+    for n, row in enumerate([] if live else rows):
+        text = tokenizer.decode(row)
+        line = json.dumps({"prompt": prompt, "text": text, "ids": row}) if args.json else ("---\n" if n else "") + shown + text
+        print(line)
+    return rows, seconds
+
+
+def show_stats(model, ids, rows, seconds, args):
+    """What the generation took, on stderr."""
+    S = (1 if isinstance(model, BART) else len(ids)) + args.max_new_tokens
+    bytes_ = cost.predict(model.config, args.strategy, len(ids), args.max_new_tokens, len(rows),
+                          model.wte.weight.element_size())["self_cache_bytes"]
+    later = seconds[1:] or [0.0]
+    print(f"{len(ids)} prompt tokens, first token after {1e3 * seconds[0]:.1f} ms; {sum(map(len, rows))} new tokens, "
+          f"{1e3 * sum(later) / len(later):.2f} ms per step after it; cache of {S} positions, {bytes_:,} bytes", file=sys.stderr)
+
+
+def compare(model, ids, args):
+    """Every strategy on the same input: the result of cost.compare."""
+    def start(strategy):
+        return lambda: stream(model, [ids] * args.num_samples, args.max_new_tokens, strategy=strategy,
+                              ignore_eos=args.ignore_eos)
+
+    return cost.compare(model, {name: start(name) for name in strategies(model)}, len(ids), args.num_samples)
+
+
+def trace(model, ids, args):
+    """The cost.Cost of a generation, and that of one teacher-forced pass over the same tokens, as in training."""
+    with cost.count(model) as counted:
+        new = generate(model, [ids], args.max_new_tokens, strategy=args.strategy, ignore_eos=args.ignore_eos)[0]
+    texts = [ids, [model.config.start_id, *new[:-1]]] if isinstance(model, BART) else [ids + new[:-1]]
+    with cost.count(model) as training, torch.no_grad():
+        model(*(torch.tensor([text], device=model.wte.weight.device) for text in texts))
+    return counted, training
+
+
+def write_report(model, tokenizer, ids, args):
+    """Compare the strategies, collect the attention weights of a cached run, and write both as a page."""
+    bart, M, config = isinstance(model, BART), args.max_new_tokens, model.config
+    T = (1 if bart else len(ids)) + M - 1
+    report.check_size(config.n_head * len(model.decoder_layers()) * T * (T + bart * len(ids)))
+    result = compare(model, ids, args)
+    with cost.attention_weights(model) as weights:
+        new = generate(model, [ids], M, ignore_eos=args.ignore_eos)[0]
+    weights = {kind: [cost.matrix(calls)[0] for calls in layers if calls] for kind, layers in weights.items()}
+    show = tokenizer.show if tokenizer else str
+    source, target = (ids, [config.start_id, *new]) if bart else ([], ids + new)
+    report.write_report(args.report, result, [show(i) for i in source], [show(i) for i in target], weights)
+    return result
+
+
+def main(args=None):
+    args = cli.parse(__doc__, args)
+    model, tokenizer, published = cli.load(args)
+    prompt, ids = cli.read_prompt(args, model, tokenizer)
+    choice = cli.choice(args, model, tokenizer, published, ids)
+    prepare(model, [ids], args.max_new_tokens, None)  # whatever is wrong is said before anything is printed
+    if args.trace:
+        counted, training = trace(model, ids, args)
+        print(counted.jsonl() if args.json else counted.table(training), end="")
+    elif args.compare or args.report:
+        result = write_report(model, tokenizer, ids, args) if args.report else compare(model, ids, args)
+        print(json.dumps(result) if args.json else report.comparison_table(result), end="\n" if args.json else "")
+    else:
+        rows, seconds = write_text(model, tokenizer, prompt, ids, args, choice)
+        if args.stats:
+            show_stats(model, ids, rows, seconds, args)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -5,6 +5,7 @@
 
 import argparse
 import os
+import re
 import sys
 
 
@@ -20,12 +21,12 @@ class Parser(argparse.ArgumentParser):
     """argparse that accepts --max_new_tokens for --max-new-tokens, and reports a mistake in one line."""
 
     def __init__(self, **kwargs):
-        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
 
     def parse_args(self, args=None, namespace=None):
         words = sys.argv[1:] if args is None else args
-        flag = lambda w: w.split("=")[0].replace("_", "-") + w[len(w.split("=")[0]):]
-        return super().parse_args([flag(w) if w.startswith("--") else w for w in words], namespace)
+        words = [re.sub(r"^--[a-z_]+", lambda flag: flag[0].replace("_", "-"), word) for word in words]
+        return super().parse_args(words, namespace)
 
     def error(self, message):
         raise UserError(f"{message} (see {self.prog} --help)")

@@ -68,6 +68,11 @@ class Tokenizer:
             raise UserError(f"id {id} is not in this vocabulary; its ids are 0 to {self.n_vocab - 1}")
         return self.tokens[id]
 
+    def show(self, id):
+        """One id for a human eye: its text, or the name of a special one; a broken character shows as U+FFFD."""
+        names = {special: name for name, special in self.specials.items()}
+        return names.get(id) or self.token_bytes(id).decode("utf-8", errors="replace")
+
     def save_config(self, directory, **more):
         """Write tokenizer_config.json: the class for transformers to build, the names of its specials."""
         names = dict.fromkeys(("bos", "eos", "unk"), END)

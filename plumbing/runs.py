@@ -1,0 +1,99 @@
+"""A training run on disk: its checkpoints, its log, its loss curve, and stopping it without losing anything."""
+
+import json
+import signal
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+from tqdm import tqdm
+
+from plumbing.checkpoints import load_checkpoint, save_checkpoint
+from plumbing.errors import UserError
+from plumbing.tokenizers import load_tokenizer
+
+RESUMABLE = ("model", "data", "text")  # what a resumed run must have in common with the run it continues
+
+
+class Run:
+    """
+    The run in a directory. step: where its newest checkpoint stands, 0 for a new run; tokenizer: the checkpoint's.
+    Raises UserError if there is a run and `resume` was not asked for: a run is never overwritten.
+    """
+
+    def __init__(self, out_dir, resume):
+        self.out, self.stop = Path(out_dir), False
+        if self.out.exists() and not self.out.is_dir():
+            raise UserError(f"{self.out} is a file: name a directory for the run with --train.out_dir")
+        self.checkpoint = load_checkpoint(self.out) if self.out.exists() else None
+        self.step = self.checkpoint.step if self.checkpoint else 0
+        if self.checkpoint and not resume:
+            raise UserError(f"{self.out} holds a run at step {self.step}: pass --train.resume=true to continue it, or "
+                            f"another --train.out_dir")
+        self.tokenizer = load_tokenizer(self.checkpoint.path) if self.checkpoint else None
+
+    def restore(self, model, optimizers, described):
+        """
+        Make everything what it was at the checkpoint, if there is one, and forget what was logged after it.
+        described: the settings as dicts, saved with every checkpoint. Returns the checkpoint's held-out loss or None.
+        """
+        self.described = described
+        if self.checkpoint is None:
+            return None
+        was = self.checkpoint.extra
+        for section in RESUMABLE:
+            for key, now in described[section].items():
+                if was[section].get(key) != now and key != "python":  # the text's hash tells more than its Python
+                    raise UserError(f"{section}.{key} is {now!r}, but the run in {self.out} has "
+                                    f"{was[section].get(key)!r}: resume it with what it had")
+        self.checkpoint.restore(model, optimizers)
+        kept = [line for line in self.history() if line["step"] <= self.step]
+        (self.out / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
+        return was["val_loss"]
+
+    def history(self):
+        """The lines of log.jsonl as dicts."""
+        path = self.out / "log.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def log(self, **line):
+        self.out.mkdir(parents=True, exist_ok=True)
+        with open(self.out / "log.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def save(self, step, model, tokenizer, optimizers, val_loss=None):
+        """Save a checkpoint and only then say so."""
+        path = save_checkpoint(self.out, step, model, tokenizer, optimizers, self.described | {"val_loss": val_loss})
+        tqdm.write(f"step {step}: saved {path}" + ("" if val_loss is None else f", held-out loss {val_loss:.4f}"))
+        sys.stdout.flush()
+
+    @contextmanager
+    def stoppable(self):
+        """Inside, a first Ctrl-C sets self.stop, to be honoured between two steps; a second one stops at once."""
+        def ask(signum, frame):
+            self.stop = True
+            signal.signal(signal.SIGINT, before)
+
+        before = signal.signal(signal.SIGINT, ask)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def plot(self):
+        """Draw loss.png, where matplotlib is installed."""
+        try:
+            import matplotlib
+        except ImportError:
+            return
+        matplotlib.use("Agg")
+        from matplotlib import pyplot as plt
+
+        figure, axes = plt.subplots(figsize=(7, 4))
+        for key, style, label in (("loss", "-", "training"), ("val_loss", "o-", "held out")):
+            points = [(line["step"], line[key]) for line in self.history() if key in line]
+            axes.plot(*zip(*(points or [(0, float("nan"))])), style, label=label)
+        axes.set(xlabel="step", ylabel="loss (nats per token)")
+        axes.legend()
+        figure.savefig(self.out / "loss.png", dpi=120, bbox_inches="tight")
+        plt.close(figure)

@@ -1,0 +1,215 @@
+"""
+Train a GPT on a text, or a BART on pairs of texts. One straight loop.
+
+    python train.py configs/gpt-tiny.toml
+    python train.py configs/gpt-tiny.toml --data.source=my-notes.txt --train.out_dir=out/notes --train.steps=3000
+    python train.py configs/gpt-tiny.toml --train.resume=true
+
+A configuration has three tables, [model], [data] and [train]; --section.key=value changes any of its values, and
+--help lists them all. A run lives in its out_dir: step-*/ checkpoints, each a Hugging Face directory (the last two and
+the best are kept), log.jsonl, and loss.png where matplotlib is installed. Ctrl-C saves and stops. --train.resume=true
+continues from the newest checkpoint, bit for bit on a CPU as if the run had never stopped; a run that is there is
+never overwritten.
+"""
+
+import math
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from itertools import islice
+
+import torch
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from model import BART, GPT
+from plumbing import config as configs
+from plumbing.data import IGNORE, DataConfig, load_data
+from plumbing.errors import NonFiniteError, UserError, run
+from plumbing.models import model_class, read_model_config
+from plumbing.runs import Run
+from plumbing.utils import pick_device, set_seed
+
+@dataclass(slots=True)
+class TrainConfig:
+    out_dir: str = "out/run"
+    seed: int = 1337            # of the initial weights and of dropout; the data has its own
+    steps: int = 2000           # optimizer steps
+    batch_size: int = 12        # sequences in a micro-batch
+    accumulation: int = 1       # micro-batches in a step: their gradient is that of one batch of all of them
+    optimizer: str = "adamw"    # or muon: orthogonalised momentum on the layers' matrices, AdamW on the rest
+    lr: float = 1e-3            # peak learning rate, after the warm-up
+    min_lr: float = 1e-4        # where its cosine ends
+    warmup_steps: int = 100
+    weight_decay: float = 0.1   # on matrices only
+    beta2: float = 0.99         # AdamW's memory of squared gradients
+    grad_clip: float = 1.0      # largest norm of a step's gradient
+    eval_every: int = 250       # steps between evaluations, each followed by a checkpoint
+    eval_batches: int | None = None  # held-out batches in an evaluation, None = all
+    log_every: int = 10         # steps between lines of log.jsonl
+    device: str = "auto"
+    dtype: str = "auto"         # of autocast: auto (bfloat16 on CUDA, else float32), float32, bfloat16
+    compile: bool = False       # torch.compile the model: worth its wait on a GPU
+    resume: bool = False        # continue the run that is in out_dir
+
+    def validate(self):
+        least = {"steps": 1, "batch_size": 1, "accumulation": 1, "warmup_steps": 0, "eval_every": 1, "log_every": 1,
+                 "lr": 0, "min_lr": 0, "weight_decay": 0, "beta2": 0, "grad_clip": 0, "seed": 0, "eval_batches": 1}
+        for name, low in least.items():
+            value = getattr(self, name)
+            if value is not None and not low <= value < 2**63:
+                raise UserError(f"train.{name}={value} must be at least {low} (and finite)")
+        for name, allowed in {"optimizer": ("adamw", "muon"), "dtype": ("auto", "float32", "bfloat16")}.items():
+            if getattr(self, name) not in allowed:
+                raise UserError(f"train.{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}")
+
+
+# -----------------------------------------------------------------------------
+
+
+def lr_at(step, config):
+    """Learning rate of a step: a linear warm-up, then half a cosine from lr down to min_lr."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    done = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    return config.min_lr + (config.lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+def make_optimizers(model, config):
+    """
+    AdamW, with weight decay on matrices only (a norm's gain or a bias has no reason to be small); or Muon (Jordan
+    et al. 2024) for the matrices inside the layers, and AdamW for the rest: embeddings, head, vectors.
+    """
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    inner = {name for name, p in trained.items() if config.optimizer == "muon" and p.dim() == 2
+             and not name.endswith(("wte.weight", "wpe.weight", "lm_head.weight"))}
+    matrices = [p for name, p in trained.items() if p.dim() >= 2 and name not in inner]
+    vectors = [p for p in trained.values() if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    optimizers = [torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2))]
+    if inner:  # its updates rescaled to the size of AdamW's, so that one learning rate serves both
+        optimizers.append(torch.optim.Muon([trained[name] for name in inner], lr=config.lr,
+                                           weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"))
+    return optimizers
+
+
+def loss_sum(model, inputs, labels):
+    """Cross-entropy summed over the labels that count, in nats, and the logits (B, T, V) it came from."""
+    logits = model(*inputs)
+    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE, reduction="sum"), logits
+
+
+def to(device, batch):
+    inputs, labels = batch
+    return tuple(x.to(device) for x in inputs), labels.to(device)
+
+
+@torch.no_grad()
+def evaluate(model, batches, device, autocast):
+    """
+    Mean loss per held-out token in nats, and the fraction of rows in which every token is predicted. For BART that
+    is the exact match of greedy decoding: as long as each choice equals the target, the decoder reads the target.
+    """
+    model.eval()
+    total = tokens = exact = rows = 0
+    for batch in batches:
+        inputs, labels = to(device, batch)
+        with autocast:
+            loss, logits = loss_sum(model, inputs, labels)
+        total, tokens = total + loss.item(), tokens + (labels != IGNORE).sum().item()
+        right = (logits.argmax(-1) == labels) | (labels == IGNORE)  # (B, T)
+        exact, rows = exact + right.all(1).sum().item(), rows + len(labels)
+    model.train()
+    return total / tokens, exact / rows
+
+
+def update(model, optimizers, batches, config, autocast):
+    """
+    One optimizer step on the mean loss over all labels of the micro-batches (not a mean of means: they may differ in
+    how many labels they hold). Returns that loss, the gradient's norm before clipping, and the number of labels.
+    """
+    count = sum((labels != IGNORE).sum() for _, labels in batches)
+    loss = 0.0
+    for inputs, labels in batches:
+        with autocast:
+            part = loss_sum(model, inputs, labels)[0] / count
+        part.backward()
+        loss += part.detach()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+    if not torch.isfinite(loss + norm):  # looked at before the step, so that the weights are still the good ones
+        raise NonFiniteError(f"the loss is {loss:.4g} and its gradient's norm {norm:.4g}")
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+    return loss.item(), norm.item(), count.item()
+
+
+# -----------------------------------------------------------------------------
+
+
+def train(model_values, data_config, config):
+    """Train as configured, anew or from the newest checkpoint in out_dir. Returns the last held-out loss, in nats."""
+    device = pick_device(config.device)
+    this_run = Run(config.out_dir, config.resume)
+    set_seed(config.seed)
+    data, tokenizer = load_data(data_config, seq2seq=model_class(model_values) is BART, tokenizer=this_run.tokenizer)
+    model = model_class(model_values)(read_model_config(model_values, tokenizer)).to(device)
+    block_size = model.config.block_size
+    optimizers = make_optimizers(model, config)
+    val_loss = this_run.restore(model, optimizers, {"model": asdict(model.config), "data": asdict(data_config),
+                                                    "text": data.identity(), "train": asdict(config)})
+    dtype = config.dtype if config.dtype != "auto" else "bfloat16" if device.startswith("cuda") else "float32"
+    autocast = torch.autocast(device.split(":")[0], torch.bfloat16) if dtype == "bfloat16" else nullcontext()
+    runner = torch.compile(model) if config.compile else model  # the same weights, under another forward
+    print(f"{model.count_parameters():,} parameters, {tokenizer.n_vocab:,} tokens in the vocabulary, on {device} in {dtype}")
+
+    def batch_at(i):
+        return to(device, data.batch_at(i, batch_size=config.batch_size, block_size=block_size))
+
+    bar = tqdm(total=config.steps, initial=this_run.step, unit="step", dynamic_ncols=True,
+               mininterval=0.5 if sys.stderr.isatty() else 15)
+    model.train()
+    with bar, this_run.stoppable():
+        for step in range(this_run.step + 1, config.steps + 1):
+            started = time.perf_counter()
+            for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+                group["lr"] = lr_at(step - 1, config)
+            batches = [batch_at((step - 1) * config.accumulation + i) for i in range(config.accumulation)]
+            loss, norm, tokens = update(runner, optimizers, batches, config, autocast)
+
+            speed = tokens / (time.perf_counter() - started)
+            bar.set_postfix(loss=f"{loss:.3f}", tokens_per_s=f"{speed:,.0f}", refresh=False)
+            bar.update()
+            if step % config.log_every == 0:
+                this_run.log(step=step, loss=loss, lr=lr_at(step - 1, config), grad_norm=norm, tokens_per_second=speed)
+            if step % config.eval_every == 0 or step == config.steps:
+                batches = islice(data.val_batches(config.batch_size, block_size), config.eval_batches)
+                val_loss, exact = evaluate(runner, batches, device, autocast)
+                this_run.log(step=step, val_loss=val_loss, nats_per_character=val_loss / data.chars_per_token,
+                             exact_match=exact)
+                this_run.save(step, model, tokenizer, optimizers, val_loss)
+            elif this_run.stop:
+                this_run.save(step, model, tokenizer, optimizers)
+            if this_run.stop:
+                raise KeyboardInterrupt
+    this_run.plot()
+    return val_loss
+
+
+def main(args=None):
+    args = sys.argv[1:] if args is None else args
+    if "-h" in args or "--help" in args:
+        settings = configs.describe(model=GPT.get_default_config(), data=DataConfig(), train=TrainConfig())
+        print(f"{__doc__}\n{settings}\n\n[model] also takes type (gpt or bart) and preset "
+              f"({', '.join([*GPT.presets, *BART.presets])}); a bart has n_encoder_layer and n_decoder_layer.")
+        return
+    if not args or args[0].startswith("--"):
+        raise UserError("name a configuration first, e.g. python train.py configs/gpt-tiny.toml")
+    values = configs.read(args[0], args[1:], ("model", "data", "train"))
+    train(values["model"], configs.build(DataConfig, values["data"], "data"),
+          configs.build(TrainConfig, values["train"], "train"))
+
+
+if __name__ == "__main__":
+    run(main)
