@@ -1,5 +1,6 @@
 """The command line of generate.py: its arguments, its prompt, and what a model's publishers ask for."""
 
+import random
 import sys
 
 import torch
@@ -11,6 +12,7 @@ from plumbing.utils import DTYPES, pick_device
 from plumbing.weights import load_generation_config, load_pretrained
 
 MAX_PROMPT = 2**24  # bytes
+MAX_SAMPLES = 1024  # rows of one batch
 DEFAULT_NEW_TOKENS = 100
 # keys of generation_config.json that change what is generated and that nothing here can honour, unless they are idle
 UNSUPPORTED = {"repetition_penalty": 1.0, "encoder_no_repeat_ngram_size": 0, "bad_words_ids": None,
@@ -55,8 +57,8 @@ def parse(doc, args=None):
         raise UserError(f"--prompt-tokens {args.prompt_tokens} is for --random, and at least 1")
     if args.random and args.prompt_tokens is None:
         raise UserError("--random has no tokenizer: give --prompt-tokens N")
-    if args.num_samples < 1:
-        raise UserError(f"--num-samples {args.num_samples} must be at least 1")
+    if not 1 <= args.num_samples <= MAX_SAMPLES:
+        raise UserError(f"--num-samples {args.num_samples} must be from 1 to {MAX_SAMPLES}")
     measured = args.compare or args.trace or args.report
     if args.random and not measured:
         raise UserError("--random is for --compare, --trace and --report: an untrained model has nothing to say")
@@ -85,18 +87,24 @@ def load(args):
 def read_prompt(args, model, tokenizer):
     """The prompt as text and as ids. One line end at the end of a file or of standard input is not part of it."""
     if args.prompt_tokens is not None:
-        generator = torch.Generator().manual_seed(args.seed or 0)
-        return "", torch.randint(model.config.vocab_size, (args.prompt_tokens,), generator=generator).tolist()
-    if args.prompt is not None:
-        text = args.prompt
-    elif args.stdin or args.prompt_file == "-":
-        try:
-            text = sys.stdin.buffer.read(MAX_PROMPT).decode("utf-8").removesuffix("\n")
-        except UnicodeDecodeError as error:
-            raise UserError(f"standard input is not UTF-8 at byte {error.start}: convert it first")
-    else:
+        if args.prompt_tokens > model.config.block_size:
+            raise UserError(f"--prompt-tokens {args.prompt_tokens} do not fit block_size={model.config.block_size}: ask for fewer")
+        draws = random.Random(args.seed or 0)
+        return "", [draws.randrange(model.config.vocab_size) for _ in range(args.prompt_tokens)]
+    if args.prompt_file not in (None, "-"):
         text = read_text(args.prompt_file, MAX_PROMPT).removesuffix("\n")
+    elif args.prompt is None:
+        text = decode("standard input", sys.stdin.buffer.read(MAX_PROMPT)).removesuffix("\n")
+    else:
+        text = decode("--prompt", args.prompt.encode("utf-8", "surrogatepass"))  # bytes that are no text get here as surrogates
     return text, tokenizer.encode(text)
+
+
+def decode(what, data):
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{what} is not UTF-8 at byte {error.start}: convert it first") from None
 
 
 def choice(args, model, tokenizer, published, ids):
@@ -106,11 +114,11 @@ def choice(args, model, tokenizer, published, ids):
     """
     for key, idle in UNSUPPORTED.items():
         if published.get(key, idle) not in (idle, None):
-            raise UserError(f"generation_config.json asks for {key}={published[key]!r}, which is not supported: delete it "
+            raise UserError(f"generation_config.json asks for {key}={published[key]!r:.60}, which is not supported: delete it "
                             f"there to generate without")
-    beams = published.get("num_beams") or 1
+    beams = integer(published, "num_beams", 1)
     if beams > 1 and args.beams is None:
-        others = "".join(f", {key}={published[key]}" for key in ("length_penalty", "early_stopping") if key in published)
+        others = "".join(f", {key}={published[key]!r:.60}" for key in ("length_penalty", "early_stopping") if key in published)
         raise UserError(f"generation_config.json asks for num_beams={beams}{others}: beam search is not part of this "
                         f"program yet, pass --beams 1 to decode greedily")
     encoder_decoder = hasattr(model.config, "start_id")
@@ -132,5 +140,5 @@ def choice(args, model, tokenizer, published, ids):
 def integer(published, key, otherwise):
     value = published.get(key)
     if value is not None and (type(value) is not int or not 0 <= value < 2**31):
-        raise UserError(f"generation_config.json has {key}={value!r}: it must be a whole number, 0 or above")
+        raise UserError(f"generation_config.json has {key}={value!r:.60}: it must be a whole number, 0 or above")
     return otherwise if value is None else value

@@ -1,6 +1,7 @@
 """Configuration: dataclasses hold the defaults, a TOML file and --section.key=value change them."""
 
 import difflib
+import json
 import tomllib
 from dataclasses import asdict, fields
 from types import UnionType
@@ -17,10 +18,15 @@ def read(path, overrides, sections):
     The values that a TOML file and command-line overrides set: {section: {key: value}} for every one of `sections`.
     An override is written --section.key=value, its value as in TOML (quotes around text may be left out).
     """
+    text = read_text(path, MAX_BYTES)
     try:
-        values = tomllib.loads(read_text(path, MAX_BYTES))
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise UserError(f"{path} is not valid TOML: {error or 'it is nested too deeply'}")
+        values = tomllib.loads(text)
+    except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
+        raise UserError(f"{path} is not valid TOML: {error or 'it is nested too deeply'}") from None
+    for section, table in values.items():
+        known(section, sections, "section")
+        if not isinstance(table, dict):
+            raise UserError(f"{section} in {path} is the value {table!r:.60}: it must be a table, [{section}]")
     for override in overrides:
         name, equals, text = override.removeprefix("--").partition("=")
         section, dot, key = name.replace("-", "_").partition(".")
@@ -28,14 +34,10 @@ def read(path, overrides, sections):
             raise UserError(f"{override!r} is not an override: write --section.key=value, e.g. --train.lr=3e-4")
         try:
             value = tomllib.loads(f"value = {text}")["value"]
-        except (tomllib.TOMLDecodeError, RecursionError):
+        except (ValueError, RecursionError):
             value = text
         known(section, sections, "section")
         values.setdefault(section, {})[key] = value
-    for section, table in values.items():
-        known(section, sections, "section")
-        if not isinstance(table, dict):
-            raise UserError(f"{section} in {path} is the value {table!r}: it must be a table, [{section}]")
     return {section: values.get(section, {}) for section in sections}
 
 
@@ -45,11 +47,13 @@ def build(cls, values, section, **defaults):
     for key, value in values.items():
         known(key, types, f"key of [{section}]")
         allowed = get_args(types[key]) if isinstance(types[key], UnionType) else (types[key],)
-        if isinstance(value, int) and type(value) is not bool and float in allowed and int not in allowed:
+        if isinstance(value, int) and abs(value) >= 2**63:
+            raise UserError(f"{section}.{key} is a number of {value.bit_length()} bits: it must be less than 2**63")
+        if type(value) is int and float in allowed and int not in allowed:
             values = values | {key: float(value)}
         elif type(value) not in allowed:
             names = " or ".join(t.__name__ for t in allowed if t is not type(None))
-            raise UserError(f"{section}.{key} is {value!r}: it must be of type {names}")
+            raise UserError(f"{section}.{key} is {value!r:.60}: it must be of type {names}")
     config = cls(**(defaults | values))
     config.validate()
     return config
@@ -63,6 +67,6 @@ def known(name, names, what):
 
 
 def describe(**configs):
-    """All settings with their defaults, for --help."""
-    return "\n".join(f"--{section}.{key}={value}" for section, config in configs.items()
-                     for key, value in asdict(config).items())
+    """All settings with their defaults, spelled as in TOML, for --help."""
+    return "\n".join(f"--{section}.{key}" + ("  (not set)" if value is None else f"={json.dumps(value)}")
+                     for section, config in configs.items() for key, value in asdict(config).items())

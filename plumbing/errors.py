@@ -4,7 +4,6 @@
 """
 
 import argparse
-import os
 import re
 import sys
 
@@ -36,10 +35,12 @@ def run(main):
     """Call `main()` as a command-line program and leave the process with the right exit code."""
     code = 0
     try:
-        main()
-        sys.stdout.flush()
+        try:
+            main()
+        finally:
+            sys.stdout.flush()  # here, where it can be told that the reader went away or the disk is full
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         code = 2
     except NonFiniteError as error:
         print(f"stopped: {error}", file=sys.stderr)
@@ -48,5 +49,14 @@ def run(main):
         print("interrupted", file=sys.stderr)
         code = 130
     except BrokenPipeError:  # the reader went away (| head): nothing is left to say, and nobody to say it to
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.stdout = None
+    except OSError as error:  # the machine's, e.g. a full disk; what stdout still holds may have nowhere to go
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        sys.stdout, code = None, 2
     sys.exit(code)
+
+
+def one_line(error):
+    """Its message in one line of a bearable length; what it names comes first, what to do about it last."""
+    line = " ".join(str(error).split())
+    return line if len(line) <= 290 else f"{line[:190]} ... {line[-90:]}"

@@ -15,8 +15,8 @@ MODELS = {"gpt": GPT, "bart": BART}
 def model_class(values):
     """GPT or BART, as the key `type` of a [model] table says; gpt if it says nothing."""
     name = values.get("type", "gpt")
-    if name not in MODELS:
-        raise UserError(f"model.type={name!r} is not one of {', '.join(MODELS)}")
+    if name not in list(MODELS):  # a list asks for equality only: a name from a file may be anything
+        raise UserError(f"model.type={name!r:.60} is not one of {', '.join(MODELS)}")
     return MODELS[name]
 
 
@@ -27,7 +27,7 @@ def read_model_config(values, tokenizer=None):
     """
     cls = model_class(values)
     preset = values.get("preset")
-    defaults = asdict(cls.get_preset_config(preset) if preset else cls.get_default_config())
+    defaults = asdict(cls.get_preset_config(str(preset)) if preset else cls.get_default_config())
     if tokenizer is not None:
         ids = {"bos_id": tokenizer.bos_id, "pad_id": tokenizer.pad_id, "eos_id": tokenizer.eos_id,
                "start_id": tokenizer.eos_id, "vocab_size": tokenizer.n_vocab}
@@ -51,10 +51,7 @@ def random_model(name, dtype, device):
             raise UserError(f"{name!r} is neither a configuration file nor one of {', '.join(presets)}")
         values = configs.read(name, [], ("model", "data", "train"))["model"]
     config = read_model_config(values)
-    need, have = count_parameters(config) * dtype.itemsize, free_memory(device)
-    if need > have:
-        raise UserError(f"{name} needs {need / 2**30:,.1f} GiB for its weights in {dtype}, and {have / 2**30:,.1f} GiB are "
-                        f"free on {device}: choose a smaller model or --dtype")
+    check_memory(f"{name} in {dtype}", config, dtype.itemsize, device)
     with torch.device(device):
         model = model_class(values)(config)
     return model.to(dtype).eval()
@@ -71,6 +68,14 @@ def count_parameters(config):
         return V * C + P * C + config.n_layer * layer + 2 * C + head
     layers = config.n_encoder_layer * layer + config.n_decoder_layer * (layer + attention + 2 * C)
     return V * C + 2 * (P * C + 2 * C) + layers + V + head
+
+
+def check_memory(what, config, bytes_each, device):
+    """Raise UserError if a model's parameters, at so many bytes each, do not fit the memory that is free."""
+    need, have = count_parameters(config) * bytes_each, free_memory(device)
+    if need > have:
+        raise UserError(f"{what} needs {need / 2**30:,.1f} GiB and {have / 2**30:,.1f} GiB are free on {device}: "
+                        f"choose a smaller model")
 
 
 def free_memory(device):

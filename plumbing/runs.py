@@ -23,9 +23,7 @@ class Run:
 
     def __init__(self, out_dir, resume):
         self.out, self.stop = Path(out_dir), False
-        if self.out.exists() and not self.out.is_dir():
-            raise UserError(f"{self.out} is a file: name a directory for the run with --train.out_dir")
-        self.checkpoint = load_checkpoint(self.out) if self.out.exists() else None
+        self.checkpoint = load_checkpoint(self.out)
         self.step = self.checkpoint.step if self.checkpoint else 0
         if self.checkpoint and not resume:
             raise UserError(f"{self.out} holds a run at step {self.step}: pass --train.resume=true to continue it, or "
@@ -38,26 +36,35 @@ class Run:
         described: the settings as dicts, saved with every checkpoint. Returns the checkpoint's held-out loss or None.
         """
         self.described = described
-        if self.checkpoint is None:
-            return None
-        was = self.checkpoint.extra
+        was = self.checkpoint.extra if self.checkpoint else described
         for section in RESUMABLE:
             for key, now in described[section].items():
-                if was[section].get(key) != now and key != "python":  # the text's hash tells more than its Python
-                    raise UserError(f"{section}.{key} is {now!r}, but the run in {self.out} has "
-                                    f"{was[section].get(key)!r}: resume it with what it had")
-        self.checkpoint.restore(model, optimizers)
-        kept = [line for line in self.history() if line["step"] <= self.step]
-        (self.out / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
-        return was["val_loss"]
+                then = was.get(section, {}).get(key)
+                if then != now and key != "python":  # the text's hash tells more than its Python
+                    raise UserError(f"{section}.{key} is {now!r}, but the run in {self.out} has {then!r}: resume it with "
+                                    f"what it had")
+        if self.checkpoint:
+            self.checkpoint.restore(model, optimizers)
+        self.rewind_log()
+        return was.get("val_loss")
+
+    def rewind_log(self):
+        """Keep of log.jsonl what happened up to the checkpoint; the rest will happen again."""
+        lines = [json.dumps(line) + "\n" for line in self.history() if line["step"] <= self.step]
+        beside = self.out / ".log.jsonl"
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            beside.write_text("".join(lines))
+            beside.replace(self.out / "log.jsonl")  # a kill finds the old log or the new one, never half of it
+        except OSError as error:
+            raise UserError(f"cannot write in {self.out}: {error.strerror}; name another directory with --train.out_dir")
 
     def history(self):
-        """The lines of log.jsonl as dicts."""
+        """The lines of log.jsonl as dicts, without one that a power cut left unfinished."""
         path = self.out / "log.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
 
     def log(self, **line):
-        self.out.mkdir(parents=True, exist_ok=True)
         with open(self.out / "log.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")
 

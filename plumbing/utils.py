@@ -17,10 +17,10 @@ def set_seed(seed):
 
 def pick_device(name="auto"):
     """"auto" is the best device there is. Raises UserError on a device that this machine lacks."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    counts = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
+    kinds = [kind for kind, count in counts.items() if count]
     if name == "auto":
-        return next(device for device, available in there.items() if available)
-    if not there.get(name.split(":")[0], False):
-        found = ", ".join(device for device, available in there.items() if available)
-        raise UserError(f"device {name!r} is not available here: choose one of auto, {found}")
+        return kinds[0]
+    if name not in kinds + [f"{kind}:{i}" for kind in kinds for i in range(counts[kind])]:
+        raise UserError(f"device {name!r:.60} is not available here: choose one of auto, {', '.join(kinds)}")
     return name

@@ -1,0 +1,287 @@
+"""Attention and its cache: the seed notebook's numbers, any split of a sequence, and what is refused."""
+
+import copy
+import math
+import random
+
+import pytest
+import torch
+
+from attention import (CausalSelfAttention, CrossAttention, KVCache, SelfAttention, attend, attend_explicit, causal,
+                       dense, within)
+from model import GPT
+from plumbing.utils import set_seed
+
+
+def config(**settings):
+    config = GPT.get_default_config()
+    for key, value in settings.items():
+        setattr(config, key, value)
+    return config
+
+
+@pytest.fixture
+def seed():
+    """The seed notebook's input and layer."""
+    set_seed(42)
+    x = torch.rand(2, 8, 6)
+    set_seed(42)
+    return x, CausalSelfAttention(config(n_layer=1, n_head=1, n_embd=6, block_size=8)).eval()
+
+
+def rough(layer, dtype):
+    """Large random weights and biases: with the usual small ones, many mistakes drown in rounding."""
+    for p in layer.parameters():
+        torch.nn.init.normal_(p, std=0.5)
+    return layer.to(dtype).eval()
+
+
+# -----------------------------------------------------------------------------
+# the seed notebook
+
+
+def test_seed_notebook_numbers_are_reproduced(seed):
+    x, mha = seed
+    assert x[0, 0].tolist() == pytest.approx([0.8823, 0.9150, 0.3829, 0.9593, 0.3904, 0.6009], abs=5e-5)
+    y = mha(x, use_kv_cache=True)
+    assert y[0, 0].tolist() == pytest.approx([-0.2179, 0.4357, 0.3333, 0.0294, -0.0310, -0.0278], abs=5.1e-5)
+    assert y[0, 7].tolist() == pytest.approx([-0.1245, 0.3554, 0.3567, -0.0293, -0.0346, 0.0549], abs=5.1e-5)
+    assert y[1, 7].tolist() == pytest.approx([-0.0447, 0.0996, 0.4243, -0.0101, 0.0275, 0.2254], abs=5.1e-5)
+    assert mha.cache_k[0, 0, 0].tolist() == pytest.approx([-0.0403, 0.4043, -0.2079, -0.1077, -0.4971, -0.2688], abs=5.1e-5)
+    assert mha.cache_k[1, 0, 6].tolist() == pytest.approx([-0.1156, 0.4128, -0.0587, -0.2097, -0.2028, -0.1035], abs=5.1e-5)
+
+
+def test_prefill_with_cache_is_bit_equal_to_without(seed):
+    x, mha = seed
+    assert torch.equal(mha(x), mha(x, use_kv_cache=True))
+
+
+def test_cache_shape_is_max_batch_kv_head_block_head_dim_and_unwritten_slots_are_zero(seed):
+    x, mha = seed
+    assert mha.cache_k is None and mha.cache_v is None
+    mha(x[:, :3], use_kv_cache=True)
+    for cache in (mha.cache_k, mha.cache_v):
+        assert cache.shape == (64, 1, 8, 6)
+        assert cache[:2, :, :3].abs().min() > 0 and cache[2:].abs().max() == 0 and cache[:, :, 3:].abs().max() == 0
+
+
+def test_prefill_of_three_and_five_single_steps_is_close(seed):
+    x, mha = seed
+    parts = [mha(x[:, :3], True, 0)] + [mha(x[:, i : i + 1], True, i) for i in range(3, 8)]
+    assert [p.shape[1] for p in parts] == [3, 1, 1, 1, 1, 1]
+    assert torch.allclose(torch.cat(parts, 1), mha(x))
+
+
+def test_a_misspelt_field_is_an_error():
+    with pytest.raises(AttributeError):
+        config(n_kv_heads=2)
+
+
+# -----------------------------------------------------------------------------
+# any split
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("n_kv_head", [None, 2, 1])
+def test_any_split_into_chunks_gives_the_same_output(n_kv_head, dtype, tolerance):
+    mha = rough(CausalSelfAttention(config(n_head=4, n_kv_head=n_kv_head, n_embd=16, block_size=12)), dtype)
+    x = torch.randn(3, 12, 16, dtype=dtype)
+    whole = mha(x)
+    for split in ([12], [4, 8], [3, 2, 7], [1] * 12, [11, 1], [1, 11], [2, 2, 2, 2, 2, 2]):
+        for tensor in (False, True):  # positions as ints and as a tensor
+            start, parts = 0, []
+            for T in split:
+                pos = torch.full((3, 1), start) if tensor else start
+                parts.append(mha(x[:, start : start + T], use_kv_cache=True, start_pos=pos))
+                start += T
+            assert (torch.cat(parts, 1) - whole).abs().max() <= tolerance, (split, tensor)
+            mha.cache = None
+
+
+def test_rows_at_different_positions_equal_their_solo_runs():
+    mha = rough(CausalSelfAttention(config(n_head=2, n_embd=8, block_size=10)), torch.float64)
+    x, lengths = torch.randn(3, 10, 8, dtype=torch.float64), [5, 2, 7]
+    mha(x[:, :7], True, 0)  # prefilled to the longest: what lies behind a row's length is padding
+    starts = torch.tensor(lengths)[:, None]
+    new = torch.stack([x[row, n : n + 1] for row, n in enumerate(lengths)])
+    y = mha(new, True, starts)
+    for row, n in enumerate(lengths):
+        assert (y[row, 0] - mha(x[row : row + 1])[0, n]).abs().max() < 1e-12
+
+
+def test_an_uncached_call_between_two_cached_steps_changes_nothing(seed):
+    x, mha = seed
+    mha(x[:, :3], True, 0)
+    mha(torch.rand(5, 7, 6))
+    assert torch.allclose(mha(x[:, 3:], True, 3), mha(x)[:, 3:])
+
+
+def test_stale_contents_of_the_cache_are_never_read(seed):
+    x, mha = seed
+    mha(torch.full_like(x, 1e4), True, 0)  # an earlier text, longer than the next
+    assert torch.equal(mha(x[:, :3], True, 0), mha(x[:, :3]))
+    assert mha.cache_k[:, :, 3:].abs().max() == 0
+    assert torch.allclose(mha(x[:, 3:5], True, 3), mha(x[:, :5])[:, 3:])
+
+
+# -----------------------------------------------------------------------------
+# what is refused
+
+
+@pytest.mark.parametrize("start_pos, T, B, numbers", [
+    (5, 1, 2, "start_pos=5 3"),    # a gap
+    (2, 1, 2, "start_pos=2 3"),    # back, without rewind()
+    (-1, 1, 2, "start_pos=-1 3"),
+    (3, 6, 2, "start_pos=3 6 8"),  # an overflow
+    (0, 9, 2, "start_pos=0 9 8"),
+    (0, 1, 65, "65 64"),           # more rows than max_batch_size
+    (3, 1, 3, "2 3"),              # another batch in mid-stream
+    (3, 1, 1, "2 1"),
+])
+def test_what_cannot_be_stored_is_refused_before_anything_is_written(seed, start_pos, T, B, numbers):
+    x, mha = seed
+    mha(x[:, :3], True, 0)
+    before = mha.cache_k.clone(), mha.cache_v.clone()
+    with pytest.raises(ValueError) as error:
+        mha(torch.rand(B, T, 6), True, start_pos)
+    assert all(number in str(error.value) for number in numbers.split())
+    assert torch.equal(mha.cache_k, before[0]) and torch.equal(mha.cache_v, before[1])
+    assert torch.allclose(mha(x[:, 3:4], True, 3), mha(x)[:, 3:4])  # and the text goes on as if nothing had been
+
+
+def test_a_start_position_without_a_cache_is_refused(seed):
+    x, mha = seed
+    with pytest.raises(ValueError, match="start_pos=3"):
+        mha(x[:, 3:4], start_pos=3)
+
+
+def test_rewind_forgets_and_continues_in_another_way(seed):
+    x, mha = seed
+    mha(x, True, 0)
+    mha.cache.rewind(2)
+    assert mha.cache_k[:, :, 2:].abs().max() == 0
+    other = torch.rand(2, 3, 6)
+    assert torch.allclose(mha(other, True, 2), mha(torch.cat([x[:, :2], other], 1))[:, 2:])
+    with pytest.raises(ValueError, match="position 7: 5"):
+        mha.cache.rewind(7)
+
+
+def test_the_cache_may_be_filled_to_its_last_slot_and_no_further(seed):
+    x, mha = seed
+    mha(x, True, 0)
+    with pytest.raises(ValueError, match="overflow a cache of 8"):
+        mha(x[:, :1], True, 8)
+
+
+# -----------------------------------------------------------------------------
+# what the cache is not
+
+
+def test_the_cache_carries_no_gradient_and_is_in_no_state_dict(seed):
+    x, mha = seed
+    keys = list(mha.state_dict())
+    y = mha(x[:, :3].requires_grad_(), True, 0)
+    assert y.requires_grad and not mha.cache_k.requires_grad and not mha.cache_v.requires_grad
+    assert list(mha.state_dict()) == keys == [name for name, _ in mha.named_parameters()]
+    copy.deepcopy(mha)
+
+
+def test_a_cache_born_in_inference_mode_can_be_used_outside(seed):
+    x, mha = seed
+    with torch.inference_mode():
+        mha(x[:, :3], True, 0)
+    assert torch.allclose(mha(x[:, 3:], True, 3), mha(x)[:, 3:])
+
+
+def test_the_cache_follows_the_dtype_of_its_keys_and_refuses_a_change_in_mid_stream(seed):
+    x, mha = seed
+    mha(x[:, :3], True, 0)
+    mha.double()
+    with pytest.raises(ValueError, match="float32.*float64"):
+        mha(x[:, 3:4].double(), True, 3)
+    mha(x.double(), True, 0)
+    assert mha.cache_k.dtype == torch.float64
+    with torch.autocast("cpu", torch.bfloat16):
+        mha.float()(x, True, 0)
+    assert mha.cache_k.dtype == torch.bfloat16
+
+
+def test_a_cache_of_ones_own_size_can_be_lent(seed):
+    x, mha = seed
+    mha.cache = KVCache(2, 5)
+    mha(x[:, :4], True, 0)
+    assert mha.cache_k.shape == (2, 1, 5, 6)
+
+
+# -----------------------------------------------------------------------------
+# masks and the two forms of attention
+
+
+def test_a_chunk_after_a_prefix_sees_the_prefix_and_its_own_past():
+    mask = dense(causal, torch.tensor([3, 4]), torch.arange(5))
+    assert mask[0, 0].int().tolist() == [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
+    ragged = dense(causal, torch.tensor([[0], [2]]), torch.arange(3))
+    assert ragged[:, 0, 0].int().tolist() == [[1, 0, 0], [1, 1, 1]]
+    padded = dense(within(torch.tensor([2, 3])), torch.arange(1), torch.arange(3), batch_size=2)
+    assert padded[:, 0, 0].int().tolist() == [[1, 1, 0], [1, 1, 1]]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_readable_and_the_fast_attention_agree_and_equal_a_loop(seed):
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    B, T, S, D, KV = rng.randint(1, 3), rng.randint(1, 5), rng.randint(5, 9), rng.randint(1, 8), rng.choice([1, 2, 4])
+    q, k, v = (torch.randn(B, n, L, D, dtype=torch.float64) for n, L in ((4, T), (KV, S), (KV, S)))
+    mask = torch.rand(B, 1, T, S) < 0.5
+    mask[..., 0] = True
+    y, weights = attend_explicit(q, k, v, mask)
+    assert (attend(q, k, v, mask) - y).abs().max() < 1e-12
+    assert weights.shape == (B, 4, T, S) and (weights.sum(-1) - 1).abs().max() < 1e-12
+    b, h, t = rng.randrange(B), rng.randrange(4), rng.randrange(T)  # one query by hand
+    scores = [math.exp(q[b, h, t] @ k[b, h * KV // 4, s] / math.sqrt(D)) * mask[b, 0, t, s].item() for s in range(S)]
+    by_hand = sum(w * v[b, h * KV // 4, s] for s, w in enumerate(scores)) / sum(scores)
+    assert (y[b, h, t] - by_hand).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("n_kv_head", [1, 2])
+def test_shared_kv_heads_equal_full_heads_with_the_same_keys_and_values(n_kv_head):
+    few = rough(CausalSelfAttention(config(n_head=4, n_kv_head=n_kv_head, n_embd=16, block_size=9)), torch.float64)
+    full = rough(CausalSelfAttention(config(n_head=4, n_embd=16, block_size=9)), torch.float64)
+    def repeat(w):  # every key and value head as often as query heads share it
+        q, kv = w[:16], w[16:].view(2, n_kv_head, 4, -1)
+        return torch.cat([q, kv.repeat_interleave(4 // n_kv_head, 1).reshape(32, *w.shape[1:])])
+    full.load_state_dict({"c_attn.weight": repeat(few.c_attn.weight), "c_attn.bias": repeat(few.c_attn.bias),
+                          "c_proj.weight": few.c_proj.weight, "c_proj.bias": few.c_proj.bias})
+    x = torch.randn(2, 9, 16, dtype=torch.float64)
+    assert (few(x, use_kv_cache=True) - full(x, use_kv_cache=True)).abs().max() < 1e-12
+    assert few.cache_k.numel() * 4 == full.cache_k.numel() * n_kv_head
+
+
+def test_padding_of_a_source_is_never_seen():
+    torch.manual_seed(0)
+    encoder = rough(SelfAttention(config(n_head=2, n_kv_head=1, n_embd=8)), torch.float64)
+    cross = rough(CrossAttention(config(n_head=2, n_kv_head=1, n_embd=8)), torch.float64)
+    x, q, lengths = torch.randn(2, 6, 8, dtype=torch.float64), torch.randn(2, 3, 8, dtype=torch.float64), torch.tensor([4, 6])
+    solo = encoder(x[:1, :4]), cross(q[:1], x[:1, :4])
+    assert (encoder(x, lengths)[:1, :4] - solo[0]).abs().max() < 1e-12
+    assert (cross(q, x, lengths)[:1] - solo[1]).abs().max() < 1e-12
+    assert (encoder(x)[:1, :4] - solo[0]).abs().max() > 1e-3  # it would matter
+
+
+# -----------------------------------------------------------------------------
+# cross-attention's cache
+
+
+def test_cross_attention_reads_its_cache_when_no_memory_is_given():
+    cross = rough(CrossAttention(config(n_head=2, n_embd=8)), torch.float64)
+    x, memory = torch.randn(2, 3, 8, dtype=torch.float64), torch.randn(2, 5, 8, dtype=torch.float64)
+    with pytest.raises(ValueError, match="no memory"):
+        cross(x, use_kv_cache=True)
+    y = cross(x, memory, torch.tensor([5, 2]), use_kv_cache=True)
+    calls = []
+    cross.c_kv.register_forward_hook(lambda *_: calls.append(1))
+    assert torch.equal(cross(x, use_kv_cache=True), y) and not calls
+    other = torch.randn(2, 5, 8, dtype=torch.float64)
+    assert torch.equal(cross(x, other, use_kv_cache=True), cross(x, other))  # a new memory replaces the old one
+    with pytest.raises(ValueError, match="1 rows attend to a memory of 2"):
+        cross(x[:1], use_kv_cache=True)
