@@ -62,7 +62,7 @@ def parse(doc, args=None):
     measured = args.compare or args.trace or args.report
     if args.random and not measured:
         raise UserError("--random is for --compare, --trace and --report: an untrained model has nothing to say")
-    if measured and (args.temperature or args.num_samples > 1 and not args.compare):
+    if measured and (args.temperature or args.num_samples > 1 and (args.trace or args.report)):
         raise UserError(f"--compare, --trace and --report decode one text greedily: leave out --temperature "
                         f"{args.temperature} and --num-samples {args.num_samples}")
     if args.num_samples > 1 and not measured and args.temperature == 0:
@@ -122,23 +122,23 @@ def choice(args, model, tokenizer, published, ids):
         raise UserError(f"generation_config.json asks for num_beams={beams}{others}: beam search is not part of this "
                         f"program yet, pass --beams 1 to decode greedily")
     encoder_decoder = hasattr(model.config, "start_id")
-    start = 1 if encoder_decoder else len(ids)
+    start, V = 1 if encoder_decoder else len(ids), model.config.vocab_size
     if encoder_decoder:
-        model.config.start_id = integer(published, "decoder_start_token_id", model.config.start_id)
+        model.config.start_id = integer(published, "decoder_start_token_id", model.config.start_id, V)
     if args.max_new_tokens is None:
         longest = integer(published, "max_length", start + DEFAULT_NEW_TOKENS)
         args.max_new_tokens = max(1, min(longest, model.config.block_size) - start)
     chosen = {key: getattr(args, key) for key in ("temperature", "top_k", "top_p", "min_p", "seed")}
     chosen |= {"min_length": integer(published, "min_length", 0),
                "no_repeat_ngram": integer(published, "no_repeat_ngram_size", 0) or None,
-               "forced_last": integer(published, "forced_eos_token_id", None),
-               "forced_first": integer(published, "forced_bos_token_id", None) if encoder_decoder else None,
-               "n_vocab": tokenizer and min(tokenizer.n_vocab, model.config.vocab_size)}
+               "forced_last": integer(published, "forced_eos_token_id", None, V),
+               "forced_first": integer(published, "forced_bos_token_id", None, V) if encoder_decoder else None,
+               "n_vocab": tokenizer and min(tokenizer.n_vocab, V)}
     return chosen
 
 
-def integer(published, key, otherwise):
+def integer(published, key, otherwise, below=2**31):
     value = published.get(key)
-    if value is not None and (type(value) is not int or not 0 <= value < 2**31):
-        raise UserError(f"generation_config.json has {key}={value!r:.60}: it must be a whole number, 0 or above")
+    if value is not None and (type(value) is not int or not 0 <= value < below):
+        raise UserError(f"generation_config.json has {key}={value!r:.60}: it must be a whole number from 0 to {below - 1}")
     return otherwise if value is None else value

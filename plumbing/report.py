@@ -1,0 +1,139 @@
+"""
+What cost.py measured, made readable: text tables, and one HTML page with a slider over the decoding steps.
+
+Everything arrives as plain data (records, the dict of compare(), token strings, attention weights), so nothing here
+knows a model.
+"""
+
+import base64
+import json
+import struct
+from collections import Counter
+from math import prod
+from pathlib import Path
+
+from plumbing.errors import UserError
+
+# -----------------------------------------------------------------------------
+# Tables
+
+
+def aligned(rows):
+    """Rows of strings as text, every column as wide as its widest cell."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows)
+
+
+def symbol(values):
+    """A dimension over the steps, {k: size}, as a formula in k: "64" where it is fixed, "k+5", "2k", or a range."""
+    (k0, v0), (k1, v1) = min(values.items()), max(values.items())
+    slope = (v1 - v0) // (k1 - k0) if k1 > k0 else 0
+    start = v0 - slope * k0
+    if any(v != slope * k + start for k, v in values.items()):
+        return f"{min(values.values())}..{max(values.values())}"
+    if slope == 0:
+        return str(start)
+    return f"{'' if slope == 1 else slope}k{f'{start:+d}' if start else ''}"
+
+
+def product(sizes):
+    """{k: (batch, rows, inner, columns)} as text, "-" if there is none."""
+    if not sizes:
+        return "-"
+    batch, rows, inner, columns = (symbol({k: size[d] for k, size in sizes.items()}) for d in range(4))
+    return f"{'' if batch == '1' else batch + ' x '}({rows} x {inner}) @ ({inner} x {columns})"
+
+
+def trajectories(records):
+    """(where, product, kind) -> layer -> step -> (batch, rows, inner, columns)."""
+    lines = {}
+    for r in records:
+        where = r["attention"] or ("head" if r["layer"] is None else "mlp")
+        where = f"encoder {where}" if r["phase"] == "encode" else where
+        key = where, {"qk": "QK^T", "pv": "PV"}.get(r["name"], r["name"]), r["kind"]
+        sizes = prod(r["out"][:-2]), r["out"][-2], r["left"][-1], r["out"][-1]
+        lines.setdefault(key, {}).setdefault(r["layer"], {})[r["step"]] = sizes
+    return lines
+
+
+def shape_table(records, training=()):
+    """
+    Every matrix product of one layer, from the records of a cost.Cost: at the first decoder call, at call k, and, if
+    the records of a teacher-forced pass are given, in training. What depends on k is found by comparing the steps.
+    """
+    trained = trajectories(training)
+    rows = [["where", "product", "kind", "layers", "call 1 (prefill)", "call k = 2, 3, ...", "", "training"]]
+    for key, layers in trajectories(records).items():
+        alike = Counter(tuple(steps.items()) for steps in layers.values())  # layers of one shape are one line
+        for steps, n in alike.items():
+            first, later = ({k: size for k, size in steps if (k > 1) == after} for after in (False, True))
+            text = product(later)
+            change = "grows with k" if "k" in text else "varies" if ".." in text else "fixed"
+            change = {0: "once", 1: "seen once"}.get(len(later), change)
+            passes = dict.fromkeys(product(steps) for steps in trained.get(key, {}).values())
+            rows.append([*key, str(n), product(first), text, change, " or ".join(passes)])
+    if not training:
+        rows = [row[:-1] for row in rows]
+    growing = [f"{row[0]} {row[1]} ({row[2]})" for row in rows if row[6] == "grows with k"]
+    return (f"{aligned(rows)}\n\n(left) @ (right); the number before a BGEMM is its batch: rows x heads\n"
+            f"what grows with k: {', '.join(growing) or 'nothing'}\n")
+
+
+def comparison_table(result):
+    """The result of cost.compare() as text."""
+    rows = [["strategy", "tokens", "logits differ", "encoder", "decoder", "total", "closed form", "linear rows",
+             "seconds", "first call", "ms/token after", "speed"]]
+    for s in result["strategies"]:
+        encoder, decoder = s["encoder_tokens"], s["decoder_tokens"]
+        counts = encoder, decoder, encoder + decoder, sum(s["closed_form"]), s["linear_rows"]
+        later = "-" if s["token_seconds"] is None else f"{1000 * s['token_seconds']:.2f}"
+        rows.append([s["strategy"], "same" if s["identical"] else "DIFFER", f"{s['logit_difference']:.1e}",
+                     *(f"{n:,}" for n in counts),
+                     f"{s['seconds']:.3f}", f"{s['first_seconds']:.3f}", later, f"{s['speed']:.2f}x"])
+    partings = [f"{s['strategy']} differs first at step {d['step']}, row {d['row']}: token {d['tokens'][1]} instead of "
+                f"{d['tokens'][0]}, which leads by {d['gap']:.2e} in the logits\n"
+                for s in result["strategies"] if (d := s["first_difference"])]
+    return (f"N = {result['N']:,}, M = {result['M']:,} decoder calls, batch of {result['batch_size']}\n\n"
+            f"{aligned(rows)}\n\n{''.join(partings)}{result['verdict']}\n")
+
+
+# -----------------------------------------------------------------------------
+# The page
+
+MAX_WEIGHTS = 9_000_000  # attention weights in a page: 24 MB, which a browser still opens at once
+SCALE = 10_000           # a weight is stored as an integer of 16 bits, to four decimals
+
+
+def check_size(n_weights):
+    """Raise UserError if a page cannot hold so many attention weights: layers x heads x positions x keys, summed."""
+    if n_weights > MAX_WEIGHTS:
+        raise UserError(f"a report with {n_weights:,} attention weights is too large for a browser, the limit is "
+                        f"{MAX_WEIGHTS:,}: use a shorter source, fewer new tokens or a smaller model")
+
+
+def packed(weights):
+    """A tensor of weights (H, T, S) as text: 16-bit little-endian integers in base64."""
+    numbers = (weights * SCALE).round().int().flatten().tolist()
+    return base64.b64encode(struct.pack(f"<{len(numbers)}H", *numbers)).decode()
+
+
+def write_report(path, result, source, target, weights, title="Incremental decoding, step by step"):
+    """
+    Write one self-contained HTML page about one decoded text.
+
+    result: of cost.compare(), for a batch of one. source: the source's tokens as strings, [] for GPT. target: the
+    decoder's, from its prompt or start token to the last generated one. weights: "self" and "cross" -> per layer
+    a tensor (H, T, S) of the cached run. Raises UserError if the page would be too large or cannot be written.
+    """
+    check_size(sum(layer.numel() for layers in weights.values() for layer in layers))
+    data = dict(title=title, source=source, target=target, calls=result["M"], scale=SCALE,
+                strategies=[dict(name=s["strategy"], steps=s["steps"]) for s in result["strategies"]],
+                shapes={kind: list(layers[0].shape) for kind, layers in weights.items() if layers},
+                weights={kind: [packed(layer) for layer in layers] for kind, layers in weights.items()})
+    # inside a script element only "<" could end it
+    text = json.dumps(data, ensure_ascii=True).replace("<", "\\u003c")
+    page = Path(__file__).with_suffix(".html").read_text(encoding="utf-8").replace("{{data}}", text)
+    try:
+        Path(path).write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}; choose another file") from None

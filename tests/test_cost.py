@@ -1,0 +1,318 @@
+"""What decoding costs: every count is of what really ran, and every closed form equals it."""
+
+import json
+import random
+
+import pytest
+import torch
+from torch.nn.modules.module import Module
+
+from attention import Attention
+from cost import attention_weights, compare, count, matrix, parting, predict, rows_through
+from generate import generate, strategies, stream
+from model import BART, GPT, BARTConfig, GPTConfig
+from plumbing.report import comparison_table
+from plumbing.utils import set_seed
+
+
+def tiny_bart(**sizes):
+    set_seed(1)
+    config = BARTConfig(**dict(dict(n_encoder_layer=1, n_decoder_layer=1, n_head=2, n_embd=8, vocab_size=16,
+                                    block_size=64), **sizes))
+    return BART(config)
+
+
+def tiny_gpt(**sizes):
+    set_seed(1)
+    return GPT(GPTConfig(**dict(dict(n_layer=2, n_head=2, n_embd=8, vocab_size=16, block_size=64), **sizes)))
+
+
+def counted(model, prompts, M, strategy, **kwargs):
+    with count(model) as cost:
+        generate(model, prompts, M, strategy=strategy, ignore_eos=True, **kwargs)
+    return cost
+
+
+def runs(model, prompts, M):
+    return {name: lambda name=name: stream(model, prompts, M, strategy=name, ignore_eos=True)
+            for name in strategies(model)}
+
+
+# ---- tokens
+
+
+def test_1024_tokens_into_100_cost_107450_then_6074_then_1124():
+    model = tiny_bart(n_head=1, block_size=1024)
+    costs = {name: counted(model, [[3] * 1024], 100, name) for name in strategies(model)}
+    total = {name: cost.encoder_tokens + cost.decoder_tokens for name, cost in costs.items()}
+    assert total == {"naive": 107_450, "hoisted": 6_074, "cached": 1_124}
+    assert rows_through(costs["hoisted"].linear_rows, "decoder.0.") == 245_200
+    assert rows_through(costs["cached"].linear_rows, "decoder.0.") == 2_848
+    assert rows_through(costs["hoisted"].linear_rows, "decoder.0.cross.c_kv") == 204_800
+
+
+def test_counting_the_start_token_among_the_outputs_is_one_call_less():
+    config = tiny_bart().config  # len(output_tokens) = 100 with the start token: 99 calls
+    for strategy, tokens in dict(naive=106_326, hoisted=5_974, cached=1_123).items():
+        predicted = predict(config, strategy, 1024, 99)
+        assert predicted["encoder_tokens"] + predicted["decoder_tokens"] == tokens
+
+
+def test_twenty_other_sizes_cost_what_the_formulas_say():
+    model, draw = tiny_bart(), random.Random(0)
+    sizes = {(draw.randint(1, 60), draw.randint(1, 30)) for _ in range(25)}
+    assert len(sizes) >= 20
+    for N, M in sizes:
+        formulas = dict(naive=N * M + M * (M + 1) // 2, hoisted=N + M * (M + 1) // 2, cached=N + M)
+        for strategy, tokens in formulas.items():
+            cost = counted(model, [[3] * N], M, strategy)
+            assert cost.encoder_tokens + cost.decoder_tokens == tokens, (N, M, strategy)
+
+
+def test_a_gpt_reads_its_prompt_every_time_or_once():
+    model = tiny_gpt()
+    for P, M in [(1, 1), (1, 7), (5, 1), (9, 20)]:
+        assert counted(model, [[3] * P], M, "naive").decoder_tokens == sum(P + m for m in range(M))
+        assert counted(model, [[3] * P], M, "cached").decoder_tokens == P + M - 1
+
+
+def test_one_position_per_row_enters_after_prefill_also_in_ragged_batches():
+    for model, prefill in (tiny_gpt(), 15), (tiny_bart(), 3):
+        cost = counted(model, [[3], [4] * 5, [5] * 2], 6, "cached")
+        assert dict(cost.decoder) == {1: prefill, **dict.fromkeys(range(2, 7), 3)}  # 3 rows, padded to 5 in a GPT
+
+
+def test_teacher_forcing_reads_source_and_target_once():
+    model = tiny_bart()
+    with count(model) as cost:
+        model(torch.full((2, 9), 3), torch.full((2, 4), 3))
+    assert (cost.steps, cost.encoder_tokens, cost.decoder_tokens) == (1, 18, 8)
+    assert cost.linear_rows["lm_head"] == 8
+
+
+# ---- linears, products, bytes
+
+
+def test_cross_keys_and_values_are_projected_once_when_cached():
+    model = tiny_bart(n_decoder_layer=2)
+    for strategy, passes in dict(naive=7, hoisted=7, cached=1).items():
+        records = counted(model, [[3] * 9], 7, strategy).records
+        assert [r["name"] for r in records].count("c_kv") == 2 * passes
+
+
+def random_case(seed):
+    draw = random.Random(seed)
+    n_head = draw.choice([1, 2, 4, 6])
+    shared = dict(n_head=n_head, n_kv_head=draw.choice([None] + [k for k in range(1, n_head + 1) if n_head % k == 0]),
+                  n_embd=n_head * draw.choice([2, 4]), n_inner=draw.choice([None, 5, 24]),
+                  vocab_size=draw.randint(5, 40))
+    layers = dict(n_encoder_layer=draw.randint(1, 3), n_decoder_layer=draw.randint(1, 3))
+    model = tiny_bart(**shared, **layers) if seed % 3 else tiny_gpt(**shared, n_layer=draw.randint(1, 3))
+    return model, draw.randint(1, 20), draw.randint(1, 9), draw.randint(1, 3)
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_the_prediction_equals_the_count(seed):
+    model, N, M, B = random_case(seed)
+    for strategy in strategies(model):
+        cost, predicted = counted(model, [[3] * N] * B, M, strategy), predict(model.config, strategy, N, M, B)
+        assert predicted["encoder_tokens"] == cost.encoder_tokens
+        assert predicted["decoder_tokens"] == cost.decoder_tokens
+        assert predicted["linear_rows"] == cost.linear_rows
+        assert predicted["linear_flops"] == cost.flops("GEMM")
+        assert predicted["attention_flops"] == cost.flops("BGEMM")
+        assert predicted["self_cache_bytes"] == cost.cache_bytes("self")
+        assert predicted["cross_cache_bytes"] == cost.cache_bytes("cross")
+        if M > 1:  # the last step reads the linears that it runs, and the keys and values that it attends to
+            last = [p for p in cost.products if p[1] == M]
+            linears = [model.get_submodule(name) for _, _, name, _, right in last if len(right) == 2]
+            assert predicted["weight_bytes"] == sum(p.nbytes for m in linears for p in m.parameters())
+            read = sum(2 * 4 * right.numel() for *_, right in last if len(right) == 4)
+            assert predicted["step_bytes"] - predicted["weight_bytes"] == (read if strategy == "cached" else 0)
+
+
+def test_cache_bytes_are_keys_and_values_of_every_kv_head():
+    model = tiny_bart(n_head=4, n_kv_head=2, n_decoder_layer=3)
+    cost = counted(model, [[3] * 9] * 2, 5, "cached")
+    assert cost.cache_bytes("self") == 2 * 3 * 2 * 2 * (1 + 5) * 2 * 4  # k and v, layers, rows, heads, slots, D, fp32
+    assert cost.cache_bytes("cross") == 2 * 3 * 2 * 2 * 9 * 2 * 4
+    assert predict(model.config, "cached", 9, 5, 2, itemsize=2)["self_cache_bytes"] == cost.cache_bytes("self") / 2
+
+
+# ---- shapes
+
+
+def test_only_the_products_of_cached_self_attention_grow():
+    model = tiny_bart(n_head=4, n_kv_head=2)
+    steps = {}
+    for r in counted(model, [[3] * 9] * 2, 6, "cached").records:
+        if r["phase"] == "step":
+            steps.setdefault((r["attention"], r["name"], r["kind"]), []).append((r["left"], r["right"], r["out"]))
+    growing = {key for key, shapes in steps.items() if any(shape != shapes[0] for shape in shapes)}
+    assert growing == {("self", "qk", "BGEMM"), ("self", "pv", "BGEMM")}
+    assert [right for _, right, _ in steps["self", "qk", "BGEMM"]] == [[2, 2, 2, k] for k in range(2, 7)]
+    assert [right for _, right, _ in steps["cross", "qk", "BGEMM"]] == [[2, 2, 2, 9]] * 5
+
+
+def test_attention_output_has_the_shape_of_its_query():
+    records = counted(tiny_bart(), [[3] * 9], 6, "naive").records
+    queries = [r["left"] for r in records if r["name"] == "qk"]
+    assert len(queries) == 6 * 3 and queries == [r["out"] for r in records if r["name"] == "pv"]
+
+
+def test_a_decoder_prompt_enters_at_once_and_then_one_token_at_a_time():
+    cost = counted(tiny_bart(), [[3] * 9], 4, "cached", decoder_prompts=[[5, 6, 7]])
+    assert dict(cost.decoder) == {1: 4, 2: 1, 3: 1, 4: 1}
+    assert {r["phase"] for r in cost.records if r["step"] == 1} == {"encode", "prefill"}
+    assert {r["phase"] for r in cost.records if r["step"] > 1} == {"step"}
+
+
+def test_the_table_tells_what_grows_from_the_records():
+    model = tiny_bart(n_decoder_layer=2)
+    cached = counted(model, [[3] * 9], 6, "cached")
+    with count(model) as training:
+        model(torch.full((1, 9), 3), torch.full((1, 6), 3))
+    lines = {tuple(line.split()[:2]): line for line in cached.table(training).splitlines() if line}
+    assert "2 x (1 x 4) @ (4 x k)" in lines["self", "QK^T"] and "grows with k" in lines["self", "QK^T"]
+    assert "2 x (6 x 4) @ (4 x 6)" in lines["self", "QK^T"]  # training: all positions at once
+    assert "2 x (1 x 4) @ (4 x 9)" in lines["cross", "QK^T"] and "fixed" in lines["cross", "QK^T"]
+    assert "once" in lines["cross", "c_kv"]
+    assert cached.table().endswith("what grows with k: self QK^T (BGEMM), self PV (BGEMM)\n")
+    assert "(1 x k+4)" in counted(tiny_gpt(), [[3] * 5], 4, "cached").table()  # a prompt of 5: call k sees k + 4
+    assert "(k x 8) @" in counted(model, [[3] * 9], 6, "hoisted").table()
+
+
+def test_json_lines_hold_every_record():
+    cost = counted(tiny_bart(), [[3] * 9], 3, "cached")
+    assert [json.loads(line) for line in cost.jsonl().splitlines()] == cost.records
+
+
+# ---- leaving no trace
+
+
+def hooks(model):
+    kept = [name for name in vars(Module()) if name.endswith("hooks")]
+    wrapped = [module for module in model.modules() if "output" in vars(module)]
+    return wrapped + [hook for module in model.modules() for name in kept for hook in getattr(module, name)]
+
+
+def test_counting_leaves_no_hooks_also_after_an_exception():
+    model = tiny_bart()
+    for observer in count, attention_weights:
+        with observer(model):
+            assert hooks(model)
+        assert not hooks(model)
+        with pytest.raises(ValueError, match="block_size"):
+            with observer(model):
+                model(torch.full((1, 9), 3), torch.full((1, 65), 3))
+        assert not hooks(model)
+    with count(model) as cost:
+        with attention_weights(model):  # one inside the other
+            pass
+        generate(model, [[3] * 4], 1)
+    assert cost.flops("BGEMM") and not hooks(model)
+    steps = stream(model, [[3] * 4], 3)
+    with count(model) as cost:
+        next(steps)
+    assert len(list(steps)) == 2 and cost.steps == 1  # what runs after the block is not counted
+
+
+def test_another_model_is_not_counted():
+    model, other = tiny_bart(), tiny_gpt()
+    with count(model) as cost, attention_weights(model) as weights:
+        generate(other, [[3]], 3)
+    assert cost.steps == 0 and not cost.products and weights["self"] == [[]]
+
+
+# ---- comparing
+
+
+def test_all_strategies_agree_and_their_counts_are_exact():
+    for model, prompts in (tiny_bart(), [[3] * 9, [5] * 4]), (tiny_gpt(), [[3] * 6, [5]]):
+        result = compare(model, runs(model, prompts, 7), max(map(len, prompts)), len(prompts))
+        assert result["identical"] and result["exact"] and result["M"] == 7
+        assert all(s["logit_difference"] < 1e-5 for s in result["strategies"])
+        assert [s["strategy"] for s in result["strategies"]] == list(strategies(model))
+        assert all(s["ids"] == generate(model, prompts, 7, ignore_eos=True) for s in result["strategies"])
+        assert json.loads(json.dumps(result)) == result
+        assert comparison_table(result).count(" same ") == len(strategies(model))
+
+
+def test_a_strategy_that_differs_is_reported_with_its_first_step_and_gap():
+    model = tiny_bart()
+    prompts = [[3] * 9, [5] * 9]
+
+    def wrong():
+        for k, ids in enumerate(stream(model, prompts, 6, ignore_eos=True)):
+            yield [ids[0], (ids[1] + (k >= 3)) % 16]
+
+    result = compare(model, runs(model, prompts, 6) | {"cached": wrong}, 9, 2)
+    first = result["strategies"][2]["first_difference"]
+    assert not result["identical"] and result["strategies"][1]["identical"]
+    assert (first["step"], first["row"]) == (4, 1) and first["gap"] > 0
+    assert "cached differs first at step 4, row 1" in comparison_table(result)
+
+
+def test_a_strategy_that_does_more_than_it_should_is_not_exact():
+    model = tiny_bart()
+    wasteful = {"cached": lambda: stream(model, [[3] * 9], 4, strategy="hoisted", ignore_eos=True)}
+    result = compare(model, wasteful, 9)
+    assert result["identical"] and not result["exact"] and "DIFFER from the closed forms" in result["verdict"]
+
+
+def test_a_row_that_ended_or_parted_is_compared_no_further():
+    ids = [[4, 5], [2, 6], [None, 7]]
+    logits = [torch.zeros(2, 8) for _ in ids]
+    after_the_end = [logits[0], logits[1], torch.tensor([[9.0], [0.5]]).expand(2, 8)]
+    assert parting(ids, logits, ids, after_the_end) == (0.5, None)
+    other = [[4, 3], [5, 6], [None, 1]]  # row 0 parts at step 2, row 1 at step 1
+    assert parting(ids, logits, other, after_the_end) == (0, dict(step=1, row=1, tokens=[5, 3], gap=0))
+
+
+def test_ended_rows_keep_their_length():
+    model = tiny_bart()
+    model.lm_head.bias.data[model.config.eos_id] = 1e-3  # some row ends early
+    prompts = [[i] * 4 for i in range(3, 9)]
+    run = {name: lambda name=name: stream(model, prompts, 12, strategy=name) for name in strategies(model)}
+    result = compare(model, run, 4, 6)
+    assert result["identical"] and result["exact"]
+    assert all(s["ids"] == generate(model, prompts, 12) for s in result["strategies"])
+
+
+# ---- attention weights
+
+
+@pytest.mark.parametrize("n_kv_head", [4, 2, 1])
+def test_weights_of_cached_decoding_equal_teacher_forced_ones(n_kv_head):
+    sizes = dict(n_head=4, n_kv_head=n_kv_head, n_embd=16)
+    gpt, bart = tiny_gpt(**sizes).double().eval(), tiny_bart(**sizes, n_decoder_layer=2).double().eval()
+    for model, prompt in (gpt, [3, 4, 5, 6]), (bart, [7] * 5 + [8] * 6):
+        for p in model.parameters():
+            p.data.mul_(8)  # so that attention is far from uniform
+        with attention_weights(model) as decoded:
+            new = generate(model, [prompt], 9, ignore_eos=True)[0]
+        start = prompt if model is gpt else [model.config.start_id]
+        with attention_weights(model) as forced, torch.no_grad():
+            target = torch.tensor([start + new[:-1]])
+            model(target) if model is gpt else model(torch.tensor([prompt]), target)
+        for kind in ["self"] if model is gpt else ["self", "cross"]:
+            for ours, theirs in zip(decoded[kind], forced[kind], strict=True):
+                assert len(ours) == 9 and len(theirs) == 1
+                torch.testing.assert_close(matrix(ours), theirs[0], rtol=0, atol=1e-10)
+                torch.testing.assert_close(matrix(ours).sum(-1), torch.ones(1, 4, len(start) + 8).double())
+        assert (matrix(decoded["self"][0]).triu(1) == 0).all()
+
+
+def test_ragged_sources_give_no_weight_to_padding():
+    model = tiny_bart()
+    with attention_weights(model) as weights:
+        generate(model, [[3] * 4, [5] * 9], 5, ignore_eos=True)
+    cross = matrix(weights["cross"][0])  # (B, H, T, S)
+    assert cross.shape == (2, 2, 5, 9) and (cross[0, :, :, 4:] == 0).all() and (cross[1] > 0).all()
+
+
+def test_every_attention_of_a_model_is_watched():
+    model = tiny_bart(n_encoder_layer=2, n_decoder_layer=3)
+    records = counted(model, [[3] * 9], 1, "cached").records
+    n_attention = sum(isinstance(m, Attention) for m in model.modules())
+    assert n_attention == 8 and [r["name"] for r in records].count("qk") == n_attention
