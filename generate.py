@@ -300,7 +300,13 @@ def main(args=None):
         print(counted.jsonl() if args.json else counted.table(training), end="")
     elif args.compare or args.report:
         result = write_report(model, tokenizer, ids, args) if args.report else compare(model, ids, args)
-        print(json.dumps(result) if args.json else report.comparison_table(result), end="\n" if args.json else "")
+        if args.json:
+            print(json.dumps(result))
+        else:
+            for done in result["strategies"] if tokenizer else []:
+                text = tokenizer.decode(done["ids"][0])
+                print(f"--- {done['strategy']}\n{'' if isinstance(model, BART) else prompt}{text}\n")
+            print(report.comparison_table(result), end="")
     else:
         rows, seconds = write_text(model, tokenizer, prompt, ids, args, choice)
         if args.stats:

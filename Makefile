@@ -1,0 +1,26 @@
+# Two commands do everything, set-up included: make demo, make test.
+
+PYTHON ?= python3
+RUN := .venv/bin/python
+PROMPT := The if statement
+
+.PHONY: demo test mutants
+
+# Train a tiny GPT on Python's own documentation, then let it write with and without the cache.
+# Run again, it finds the trained model and goes on to the writing.
+demo: .venv/ready
+	$(RUN) train.py configs/gpt-tiny.toml --train.resume=true
+	$(RUN) generate.py --model out/gpt-tiny --prompt "$(PROMPT)" --compare
+
+test: .venv/ready
+	$(RUN) -m pytest -q
+
+# Break the code on purpose, one bug at a time, and see that the tests notice.
+mutants: .venv/ready
+	$(RUN) tests/mutants.py
+
+.venv/ready: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
