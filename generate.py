@@ -83,8 +83,8 @@ def cached(model, source):
 
 def strategies(model):
     """The strategies that a model has, the most wasteful first."""
-    both = {"naive": naive, "cached": cached}
-    return {"naive": naive, "hoisted": hoisted, "cached": cached} if isinstance(model, BART) else both
+    hoist = {"hoisted": hoisted} if isinstance(model, BART) else {}
+    return {"naive": naive, **hoist, "cached": cached}
 
 
 # -----------------------------------------------------------------------------

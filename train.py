@@ -27,7 +27,7 @@ from model import BART, GPT
 from plumbing import config as configs
 from plumbing.data import IGNORE, DataConfig, load_data
 from plumbing.errors import NonFiniteError, UserError, run
-from plumbing.models import model_class, read_model_config
+from plumbing.models import check_memory, model_class, read_model_config
 from plumbing.runs import Run
 from plumbing.utils import pick_device, set_seed
 
@@ -55,11 +55,13 @@ class TrainConfig:
 
     def validate(self):
         least = {"steps": 1, "batch_size": 1, "accumulation": 1, "warmup_steps": 0, "eval_every": 1, "log_every": 1,
-                 "lr": 0, "min_lr": 0, "weight_decay": 0, "beta2": 0, "grad_clip": 0, "seed": 0, "eval_batches": 1}
+                 "lr": 0, "min_lr": 0, "weight_decay": 0, "beta2": 0, "grad_clip": 1e-9, "seed": 0, "eval_batches": 1}
         for name, low in least.items():
             value = getattr(self, name)
             if value is not None and not low <= value < 2**63:
-                raise UserError(f"train.{name}={value} must be at least {low} (and finite)")
+                raise UserError(f"train.{name}={value} must be at least {low} and less than 2**63")
+        if self.beta2 >= 1:
+            raise UserError(f"train.beta2={self.beta2} must be below 1, which would be a memory without end")
         for name, allowed in {"optimizer": ("adamw", "muon"), "dtype": ("auto", "float32", "bfloat16")}.items():
             if getattr(self, name) not in allowed:
                 raise UserError(f"train.{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}")
@@ -90,14 +92,15 @@ def make_optimizers(model, config):
     optimizers = [torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2))]
     if inner:  # its updates rescaled to the size of AdamW's, so that one learning rate serves both
         optimizers.append(torch.optim.Muon([trained[name] for name in inner], lr=config.lr,
-                                           weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"))
+                                           weight_decay=config.weight_decay, momentum=0.9, adjust_lr_fn="match_rms_adamw"))
     return optimizers
 
 
 def loss_sum(model, inputs, labels):
     """Cross-entropy summed over the labels that count, in nats, and the logits (B, T, V) it came from."""
     logits = model(*inputs)
-    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE, reduction="sum"), logits
+    exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(exact.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum"), logits
 
 
 def to(device, batch):
@@ -121,6 +124,8 @@ def evaluate(model, batches, device, autocast):
         right = (logits.argmax(-1) == labels) | (labels == IGNORE)  # (B, T)
         exact, rows = exact + right.all(1).sum().item(), rows + len(labels)
     model.train()
+    if not math.isfinite(total):  # said before a checkpoint is made of such weights
+        raise NonFiniteError(f"the held-out loss is {total / tokens:.4g}")
     return total / tokens, exact / rows
 
 
@@ -154,8 +159,17 @@ def train(model_values, data_config, config):
     this_run = Run(config.out_dir, config.resume)
     set_seed(config.seed)
     data, tokenizer = load_data(data_config, seq2seq=model_class(model_values) is BART, tokenizer=this_run.tokenizer)
-    model = model_class(model_values)(read_model_config(model_values, tokenizer)).to(device)
-    block_size = model.config.block_size
+    model_config = read_model_config(model_values, tokenizer)
+    check_memory("training this model", model_config, 16, device)  # a weight, its gradient and AdamW's two averages
+
+    def batch_at(i):
+        return to(device, data.batch_at(i, batch_size=config.batch_size, block_size=model_config.block_size))
+
+    def val_batches():
+        return islice(data.val_batches(config.batch_size, model_config.block_size), config.eval_batches)
+
+    batch_at(0), next(val_batches())  # a text that does not fit is found out before anything is written
+    model = model_class(model_values)(model_config).to(device)
     optimizers = make_optimizers(model, config)
     val_loss = this_run.restore(model, optimizers, {"model": asdict(model.config), "data": asdict(data_config),
                                                     "text": data.identity(), "train": asdict(config)})
@@ -163,10 +177,6 @@ def train(model_values, data_config, config):
     autocast = torch.autocast(device.split(":")[0], torch.bfloat16) if dtype == "bfloat16" else nullcontext()
     runner = torch.compile(model) if config.compile else model  # the same weights, under another forward
     print(f"{model.count_parameters():,} parameters, {tokenizer.n_vocab:,} tokens in the vocabulary, on {device} in {dtype}")
-
-    def batch_at(i):
-        return to(device, data.batch_at(i, batch_size=config.batch_size, block_size=block_size))
-
     bar = tqdm(total=config.steps, initial=this_run.step, unit="step", dynamic_ncols=True,
                mininterval=0.5 if sys.stderr.isatty() else 15)
     model.train()
@@ -184,8 +194,7 @@ def train(model_values, data_config, config):
             if step % config.log_every == 0:
                 this_run.log(step=step, loss=loss, lr=lr_at(step - 1, config), grad_norm=norm, tokens_per_second=speed)
             if step % config.eval_every == 0 or step == config.steps:
-                batches = islice(data.val_batches(config.batch_size, block_size), config.eval_batches)
-                val_loss, exact = evaluate(runner, batches, device, autocast)
+                val_loss, exact = evaluate(runner, val_batches(), device, autocast)
                 this_run.log(step=step, val_loss=val_loss, nats_per_character=val_loss / data.chars_per_token,
                              exact_match=exact)
                 this_run.save(step, model, tokenizer, optimizers, val_loss)
