@@ -228,16 +228,16 @@ def write_text(model, tokenizer, prompt, ids, args, choice):
                    ignore_eos=args.ignore_eos, **choice)
     shown = "" if isinstance(model, BART) else prompt
     live = args.num_samples == 1 and not args.no_stream and not args.json
+    say = (lambda text: print(text, end="", flush=True)) if live else (lambda text: None)
     rows, seconds, decoder, start = [[] for _ in range(args.num_samples)], [], StreamDecoder(tokenizer), time.perf_counter()
-    print(shown if live else "", end="", flush=True)
+    say(shown)
     for step in steps:
         seconds.append(time.perf_counter() - start)
         start += seconds[-1]
         for row, i in zip(rows, step):
             row.extend([] if i is None else [i])
-        print(decoder.push(step[0]) if live else "", end="", flush=True)
-    if live:
-        print(decoder.flush())
+        say(decoder.push(step[0]))
+    say(decoder.flush() + "\n")
     for n, row in enumerate([] if live else rows):
         text = tokenizer.decode(row)
         line = json.dumps({"prompt": prompt, "text": text, "ids": row}) if args.json else ("---\n" if n else "") + shown + text

@@ -68,10 +68,10 @@ class Choice:
                         row[text[i + n - 1]] = -torch.inf
             if len(text) < self.min_length and eos_id is not None:
                 row[eos_id] = -torch.inf
-            forced = self.forced_first if len(text) == 1 else self.forced_last if is_last else None
-            if forced is not None:
-                row[:] = -torch.inf
-                row[forced] = 0.0
+            for now, forced in ((len(text) == 1, self.forced_first), (is_last, self.forced_last)):
+                if now and forced is not None:
+                    row[:] = -torch.inf
+                    row[forced] = 0.0
         return logits
 
     def draw(self, logits, generator):
