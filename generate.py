@@ -294,7 +294,6 @@ def main(args=None):
     model, tokenizer, published = cli.load(args)
     prompt, ids = cli.read_prompt(args, model, tokenizer)
     choice = cli.choice(args, model, tokenizer, published, ids)
-    prepare(model, [ids], args.max_new_tokens, None)  # whatever is wrong is said before anything is printed
     if args.trace:
         counted, training = trace(model, ids, args)
         print(counted.jsonl() if args.json else counted.table(training), end="")

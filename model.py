@@ -61,7 +61,7 @@ class BARTConfig:
     resid_pdrop: float = 0.1
     layer_norm_eps: float = 1e-5
     scale_embedding: bool = False  # multiply embeddings by sqrt(n_embd)
-    tie_weights: bool = True
+    tie_weights: bool = True       # one embedding matrix for the source, the target and the output head
     bos_id: int = 0
     pad_id: int = 1
     eos_id: int = 2
@@ -88,6 +88,8 @@ def check_fields(config):
         value = getattr(config, field.name)
         if field.name.endswith("pdrop") and not 0 <= value < 1:
             raise UserError(f"{field.name}={value} is a probability: choose it from 0 to below 1")
+        if field.name == "layer_norm_eps" and not 0 < value < 1:
+            raise UserError(f"layer_norm_eps={value} must be above 0 and below 1, and is usually 1e-5")
         if field.name.endswith("_id") and value is not None and not 0 <= value < config.vocab_size:
             raise UserError(f"{field.name}={value} is outside the vocabulary of {config.vocab_size} (ids from 0)")
 
@@ -275,6 +277,7 @@ class BART(Model):
     def __init__(self, config):
         super().__init__(config)
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.encoder_wte = self.wte if config.tie_weights else nn.Embedding(config.vocab_size, config.n_embd)
         self.encoder_wpe = nn.Embedding(config.block_size, config.n_embd)
         self.encoder_ln = layer_norm(config)
         self.encoder = nn.ModuleList(EncoderLayer(config) for _ in range(config.n_encoder_layer))
@@ -291,9 +294,9 @@ class BART(Model):
     def decoder_layers(self):
         return self.decoder
 
-    def embed(self, ids, wpe, ln, start_pos=0):
+    def embed(self, ids, wte, wpe, ln, start_pos=0):
         scale = math.sqrt(self.config.n_embd) if self.config.scale_embedding else 1.0
-        x = self.wte(ids) * scale + wpe(self.positions(start_pos, ids.size(1), ids.device))
+        x = wte(ids) * scale + wpe(self.positions(start_pos, ids.size(1), ids.device))
         return self.drop(ln(x))  # (B, T, C)
 
     def encode(self, source, source_lengths=None):
@@ -304,7 +307,7 @@ class BART(Model):
         N = source.size(1)
         if source_lengths is not None and not (1 <= source_lengths.min() and source_lengths.max() <= N):
             raise ValueError(f"source_lengths={source_lengths.tolist()} must lie between 1 and the width {N}")
-        x = self.embed(source, self.encoder_wpe, self.encoder_ln)
+        x = self.embed(source, self.encoder_wte, self.encoder_wpe, self.encoder_ln)
         for layer in self.encoder:
             x = layer(x, source_lengths)
         return x
@@ -318,7 +321,7 @@ class BART(Model):
                 raise ValueError(f"start_pos={start_pos} continues a target, but this memory is not the stored one: "
                                  f"pass that tensor (or None), or start again at start_pos=0")
             memory = None
-        x = self.embed(target, self.decoder_wpe, self.decoder_ln, start_pos)
+        x = self.embed(target, self.wte, self.decoder_wpe, self.decoder_ln, start_pos)
         with in_step([layer.attn for layer in self.decoder] if use_kv_cache else [], start_pos, *target.shape):
             for layer in self.decoder:
                 x = layer(x, memory, source_lengths, use_kv_cache, start_pos)

@@ -50,10 +50,11 @@ class Choice:
 
         def choose(logits, texts, is_last):
             logits = logits[:, : self.n_vocab].to(torch.promote_types(logits.dtype, torch.float32))
-            if not logits.amax(-1).isfinite().all():
-                raise NonFiniteError("the logits are not finite: the weights are damaged, or their dtype overflows")
             if self.min_length or self.no_repeat_ngram or self.forced_first is not None or self.forced_last is not None:
                 logits = self.rule(logits.clone(), texts, is_last, eos_id)
+            if not logits.amax(-1).isfinite().all():
+                raise NonFiniteError("no token can be chosen from these logits: the weights are damaged, their dtype "
+                                     "overflows, or the rules forbid every token")
             return logits.argmax(-1) if self.temperature == 0 else self.draw(logits, generator)
 
         return choose

@@ -62,6 +62,8 @@ class TrainConfig:
                 raise UserError(f"train.{name}={value} must be at least {low} and less than 2**63")
         if self.beta2 >= 1:
             raise UserError(f"train.beta2={self.beta2} must be below 1, which would be a memory without end")
+        if self.batch_size > 2**16:
+            raise UserError(f"train.batch_size={self.batch_size} must be at most {2**16}: use train.accumulation")
         for name, allowed in {"optimizer": ("adamw", "muon"), "dtype": ("auto", "float32", "bfloat16")}.items():
             if getattr(self, name) not in allowed:
                 raise UserError(f"train.{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}")
@@ -109,7 +111,7 @@ def to(device, batch):
 
 
 @torch.no_grad()
-def evaluate(model, batches, device, autocast):
+def evaluate(model, batches, device, autocast, loss_sum=loss_sum):
     """
     Mean loss per held-out token in nats, and the fraction of rows in which every token is predicted. For BART that
     is the exact match of greedy decoding: as long as each choice equals the target, the decoder reads the target.
@@ -129,7 +131,7 @@ def evaluate(model, batches, device, autocast):
     return total / tokens, exact / rows
 
 
-def update(model, optimizers, batches, config, autocast):
+def update(model, optimizers, batches, config, autocast, loss_sum=loss_sum):
     """
     One optimizer step on the mean loss over all labels of the micro-batches (not a mean of means: they may differ in
     how many labels they hold). Returns that loss, the gradient's norm before clipping, and the number of labels.
@@ -175,7 +177,7 @@ def train(model_values, data_config, config):
                                                     "text": data.identity(), "train": asdict(config)})
     dtype = config.dtype if config.dtype != "auto" else "bfloat16" if device.startswith("cuda") else "float32"
     autocast = torch.autocast(device.split(":")[0], torch.bfloat16) if dtype == "bfloat16" else nullcontext()
-    runner = torch.compile(model) if config.compile else model  # the same weights, under another forward
+    compute = torch.compile(loss_sum) if config.compile else loss_sum  # with the loss, whose logits are the largest tensor
     print(f"{model.count_parameters():,} parameters, {tokenizer.n_vocab:,} tokens in the vocabulary, on {device} in {dtype}")
     bar = tqdm(total=config.steps, initial=this_run.step, unit="step", dynamic_ncols=True,
                mininterval=0.5 if sys.stderr.isatty() else 15)
@@ -186,7 +188,7 @@ def train(model_values, data_config, config):
             for group in (group for optimizer in optimizers for group in optimizer.param_groups):
                 group["lr"] = lr_at(step - 1, config)
             batches = [batch_at((step - 1) * config.accumulation + i) for i in range(config.accumulation)]
-            loss, norm, tokens = update(runner, optimizers, batches, config, autocast)
+            loss, norm, tokens = update(model, optimizers, batches, config, autocast, compute)
 
             speed = tokens / (time.perf_counter() - started)
             bar.set_postfix(loss=f"{loss:.3f}", tokens_per_s=f"{speed:,.0f}", refresh=False)
@@ -194,7 +196,7 @@ def train(model_values, data_config, config):
             if step % config.log_every == 0:
                 this_run.log(step=step, loss=loss, lr=lr_at(step - 1, config), grad_norm=norm, tokens_per_second=speed)
             if step % config.eval_every == 0 or step == config.steps:
-                val_loss, exact = evaluate(runner, val_batches(), device, autocast)
+                val_loss, exact = evaluate(model, val_batches(), device, autocast, compute)
                 this_run.log(step=step, val_loss=val_loss, nats_per_character=val_loss / data.chars_per_token,
                              exact_match=exact)
                 this_run.save(step, model, tokenizer, optimizers, val_loss)

@@ -94,9 +94,11 @@ def read_prompt(args, model, tokenizer):
     if args.prompt_file not in (None, "-"):
         text = read_text(args.prompt_file, MAX_PROMPT).removesuffix("\n")
     elif args.prompt is None:
-        text = decode("standard input", sys.stdin.buffer.read(MAX_PROMPT)).removesuffix("\n")
+        text = decode("standard input", sys.stdin.buffer.read(MAX_PROMPT + 1)).removesuffix("\n")
     else:
         text = decode("--prompt", args.prompt.encode("utf-8", "surrogatepass"))  # bytes that are no text get here as surrogates
+    if len(text) > MAX_PROMPT:
+        raise UserError(f"the prompt on standard input is longer than {MAX_PROMPT:,} bytes: shorten it")
     return text, tokenizer.encode(text)
 
 

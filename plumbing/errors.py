@@ -34,6 +34,7 @@ class Parser(argparse.ArgumentParser):
 def run(main):
     """Call `main()` as a command-line program and leave the process with the right exit code."""
     code = 0
+    sys.stdout.reconfigure(encoding="utf-8")  # whatever the locale: a model writes what it has learned
     try:
         try:
             main()

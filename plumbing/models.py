@@ -63,11 +63,10 @@ def count_parameters(config):
     kv, inner = C // config.n_head * (config.n_kv_head or config.n_head), config.n_inner or 4 * C
     attention = C * C + C + (C + 1) * (C + 2 * kv)
     layer = attention + (C + 1) * inner + (inner + 1) * C + 4 * C  # an attention, a feed-forward layer, two norms
-    head = 0 if config.tie_weights else V * C
     if hasattr(config, "n_layer"):
-        return V * C + P * C + config.n_layer * layer + 2 * C + head
+        return V * C * (1 if config.tie_weights else 2) + P * C + config.n_layer * layer + 2 * C
     layers = config.n_encoder_layer * layer + config.n_decoder_layer * (layer + attention + 2 * C)
-    return V * C + 2 * (P * C + 2 * C) + layers + V + head
+    return V * C * (1 if config.tie_weights else 3) + V + 2 * (P * C + 2 * C) + layers
 
 
 def check_memory(what, config, bytes_each, device):

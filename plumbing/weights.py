@@ -13,6 +13,7 @@ import os
 import re
 import stat
 from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
 
@@ -50,7 +51,8 @@ GPT_TABLE = {
     "lm_head.weight":        ("lm_head.weight", SAME),
 }
 BART_TABLE = {
-    "wte.weight":            ("model.shared.weight", SAME),
+    "wte.weight":            ("model.decoder.embed_tokens.weight", SAME),
+    "encoder_wte.weight":    ("model.encoder.embed_tokens.weight", SAME),
     "encoder_wpe.weight":    ("model.encoder.embed_positions.weight", SHIFTED),
     "encoder_ln":            ("model.encoder.layernorm_embedding", SAME),
     "encoder.*.attn.c_attn": ("model.encoder.layers.*.self_attn.{q,k,v}_proj", SAME),
@@ -74,6 +76,7 @@ BART_TABLE = {
     "lm_head.weight":        ("lm_head.weight", SAME),
     "lm_head.bias":          ("final_logits_bias", ROW),
 }
+TIED = ["encoder_wte.weight", "lm_head.weight"]  # where the config ties, these are wte.weight, stored as `shared`
 DEPTH = {"h": "n_layer", "encoder": "n_encoder_layer", "decoder": "n_decoder_layer"}  # how many layers a * counts
 
 # config.json: our field -> their names, which must all say the same. `silent` is what Hugging Face assumes where the
@@ -104,19 +107,19 @@ BART_SILENT = dict(n_kv_head=None, attn_pdrop=0.0, resid_pdrop=0.1, layer_norm_e
 BART_FIXED = dict(activation_function=("gelu",), normalize_before=(False,), add_final_layer_norm=(False,),
                   normalize_embedding=(True,), is_encoder_decoder=(True,))
 
-# `prefix` is what their keys start with, unless they were saved from the model without its head; `copies` are further
-# names of the embedding, which transformers reads where the head is untied.
-Format = namedtuple("Format", "model their_type our_type architecture table prefix copies fields silent fixed")
+# `prefix` is what their keys start with, unless they were saved from the model without its head; `shared` is the name
+# of an embedding that is tied. Untied, BART's is still expected in a file, though nobody looks anything up in it.
+Format = namedtuple("Format", "model their_type our_type architecture table prefix shared fields silent fixed")
 FORMATS = [
-    Format(GPT, "gpt2", "mindecode-gpt", "GPT2LMHeadModel", GPT_TABLE, "transformer.", [],
+    Format(GPT, "gpt2", "mindecode-gpt", "GPT2LMHeadModel", GPT_TABLE, "transformer.", "transformer.wte.weight",
            GPT_FIELDS, GPT_SILENT, GPT_FIXED),
-    Format(BART, "bart", "mindecode-bart", "BartForConditionalGeneration", BART_TABLE, "model.",
-           ["model.encoder.embed_tokens.weight", "model.decoder.embed_tokens.weight"],
+    Format(BART, "bart", "mindecode-bart", "BartForConditionalGeneration", BART_TABLE, "model.", "model.shared.weight",
            BART_FIELDS, BART_SILENT, BART_FIXED),
 ]
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 MAX_SIZE = 2**28   # of any number in a config: beyond every model, and products of three of them still fit 64 bits
+PIECE = 2**20      # numbers that are read at once
 MAX_HEADER = 2**21  # bytes of a safetensors header; GPT-2 XL's has 60 thousand
 OPTIONAL = "final_logits_bias"  # models saved without their head lack it
 MASK = re.compile(r"\.attn\.(bias|masked_bias)$")  # old GPT-2 files hold causal masks, not to be taken for c_attn.bias
@@ -125,8 +128,10 @@ MASK = re.compile(r"\.attn\.(bias|masked_bias)$")  # old GPT-2 files hold causal
 def entries(fmt, config):
     """The table for a model of this config: (our parameter, their tensors, How), layer by layer."""
     for ours, (theirs, how) in fmt.table.items():
-        if ours == "lm_head.weight" and config.tie_weights:
-            continue
+        if config.tie_weights:
+            if ours in TIED:
+                continue
+            theirs = fmt.shared if ours == "wte.weight" else theirs
         for layer in range(getattr(config, DEPTH[ours.split(".")[0]])) if "*" in ours else [0]:
             for end in [""] if ours.endswith((".weight", ".bias")) else [".weight", ".bias"]:
                 left, parts, right = re.fullmatch(r"([^{]*)(?:\{(.*)\})?(.*)", theirs.replace("*", str(layer))).groups()
@@ -142,8 +147,8 @@ def export(fmt, model):
         x = how.save(state[ours].detach())
         rows = [config.n_embd, kv, kv][-len(names):] if len(names) > 1 else [x.size(0)]  # of q, k, v or of k, v
         tensors.update(zip(names, x.split(rows)))
-    if not config.tie_weights:
-        tensors.update((name, state["wte.weight"].detach().clone()) for name in fmt.copies)
+    if fmt.shared not in tensors:
+        tensors[fmt.shared] = state["wte.weight"].detach().clone()
     return tensors
 
 
@@ -221,7 +226,7 @@ def write_config(fmt, model):
 # -----------------------------------------------------------------------------
 # Files
 
-Stored = namedtuple("Stored", "path dtype shape start")
+Stored = namedtuple("Stored", "path name dtype shape start")
 
 
 def read_header(path):
@@ -242,7 +247,7 @@ def read_header(path):
         raise UserError(f"{path} is damaged or no safetensors file ({' '.join(str(error).split())[:120]}); "
                         f"fetch it again") from None
     header.pop("__metadata__", None)
-    return {name: Stored(path, x["dtype"], tuple(x["shape"]), 8 + size + x["data_offsets"][0])
+    return {name: Stored(path, name, x["dtype"], tuple(x["shape"]), 8 + size + x["data_offsets"][0])
             for name, x in header.items()}
 
 
@@ -270,6 +275,23 @@ def read_headers(directory, fmt):
             if not MASK.search(name):
                 stored[name] = entry
     return stored
+
+
+def settle_embeddings(fmt, config, stored):
+    """
+    Leave in `stored` the embeddings that a model of this config has. Tied, they are one, under any of their names;
+    the others are returned, and must hold the same. Untied, the shared one stands in where another is missing.
+    """
+    names = [fmt.table[ours][0] for ours in ["wte.weight", *TIED] if ours in fmt.table]
+    if config.tie_weights:
+        found = [stored.pop(name) for name in dict.fromkeys([fmt.shared, *names]) if name in stored]
+        stored.update((fmt.shared, x) for x in found[:1])
+        return found[1:]
+    if fmt.shared in stored:
+        shared = stored.pop(fmt.shared)
+        for name in names[:-1]:
+            stored.setdefault(name, shared)
+    return []
 
 
 def compare(directory, stored, expected, shapes=None):
@@ -310,13 +332,43 @@ def empty_model(directory, fmt, config, stored):
     return model
 
 
-def read_tensor(stored):
-    """One tensor in memory of its own. Read, not mapped: training may write it, and the file may be replaced."""
-    x = torch.empty(stored.shape, dtype=DTYPES[stored.dtype])
-    with open(stored.path, "rb") as file:
-        file.seek(stored.start)
-        if file.readinto(x.view(-1).view(torch.uint8).numpy()) != x.nbytes:
-            raise UserError(f"{stored.path} became shorter while it was read; fetch it again")
+def side_by_side(read, entries):
+    """The results of read(entry), on a few threads, none of which shares its work out further: they wait for memory."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(min(threads, 8)) as pool:
+            return list(pool.map(read, entries))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def read_tensor(parts, dtype, device):
+    """
+    The tensors of a list, stacked, in memory of their own. Read, not mapped: training may write them, and the file may
+    be replaced. Each piece is looked at while it is still in the processor's cache, where that costs next to nothing,
+    and nothing larger than a piece is ever held twice. Raises UserError on a number that is not finite in this dtype.
+    """
+    rows = sum(part.shape[0] for part in parts)
+    x = torch.empty((rows, *parts[0].shape[1:]), dtype=dtype, device=device)
+    left = x.view(-1)
+    for part in parts:
+        stored = DTYPES[part.dtype]
+        direct = stored == dtype and x.device.type == "cpu"
+        buffer = None if direct else torch.empty(PIECE, dtype=stored, pin_memory=x.is_cuda)
+        with open(part.path, "rb") as file:
+            file.seek(part.start)
+            for piece in left[: math.prod(part.shape)].split(PIECE):
+                raw = piece if direct else buffer[: len(piece)]
+                if file.readinto(raw.view(torch.uint8).numpy()) != raw.nbytes:
+                    raise UserError(f"{part.path} became shorter while it was read; fetch it again")
+                raw = raw.to(dtype)
+                if not all(end.isfinite() for end in raw.aminmax()):
+                    raise UserError(f"{part.path}: {part.name} is not finite as {dtype}; the file is damaged, or its "
+                                    f"numbers need a wider type")
+                if not direct:
+                    piece.copy_(raw)
+        left = left[math.prod(part.shape):]
     return x
 
 
@@ -359,29 +411,27 @@ def load_pretrained(directory_or_name, dtype=None, device="cpu"):
     directory = locate(directory_or_name)
     fmt, config = read_config(directory)
     stored = read_headers(directory, fmt)
-    embedding = fmt.table["wte.weight"][0]
-    copies = [stored.pop(name) for name in fmt.copies + ["lm_head.weight"] * config.tie_weights if name in stored]
-    if copies and not (config.tie_weights and embedding in stored):  # untied, the copies are what is looked up
-        stored[embedding] = copies[0]
+    others = settle_embeddings(fmt, config, stored)
     model = empty_model(directory, fmt, config, stored)
 
-    dtype = dtype or DTYPES[stored[embedding].dtype]
-    state = {}
-    for ours, names, how in entries(fmt, config):
+    embedding = stored[next(entries(fmt, config))[1][0]]
+    stored_dtype = DTYPES[embedding.dtype]
+    if any(x[2:4] != embedding[2:4] or not torch.equal(*(read_tensor([e], stored_dtype, "cpu") for e in (x, embedding)))
+           for x in others):
+        raise UserError(f"{directory}: config.json ties the embeddings, but the file holds different ones; set "
+                        f"tie_word_embeddings to false there, or keep one")
+    dtype = dtype or stored_dtype
+
+    def read(entry):
+        ours, names, how = entry
         if names[0] not in stored:  # compare() lets only the head's bias be missing
-            state[ours] = torch.zeros(config.vocab_size, dtype=dtype, device=device)
-            continue
-        x = [read_tensor(stored[name]).to(device, dtype) for name in names]
-        x = torch.cat(x) if len(x) > 1 else x[0]
-        if not all(end.isfinite() for end in x.aminmax()):  # far cheaper than isfinite().all(), and no memory
-            raise UserError(f"{directory}: {' / '.join(names)} is not finite as {dtype}; the file is damaged, or its "
-                            f"numbers need a wider type")
-        x = how.load(x)
-        state[ours] = torch.nn.Parameter(x.contiguous() if x.is_cuda else x)  # there a copy costs nothing
+            return ours, torch.zeros(config.vocab_size, dtype=dtype, device=device)
+        x = how.load(read_tensor([stored[name] for name in names], dtype, device))
+        return ours, torch.nn.Parameter(x.contiguous() if x.is_cuda else x)  # there a copy costs nothing
+
+    state = dict(side_by_side(read, entries(fmt, config)))
     if config.tie_weights:
-        state["lm_head.weight"] = state["wte.weight"]
-    elif not all(torch.equal(read_tensor(copy).to(device, dtype), state["wte.weight"]) for copy in copies):
-        raise UserError(f"{directory}: encoder and decoder have different embeddings; one shared table is supported")
+        state.update((name, state["wte.weight"]) for name in TIED if name in fmt.table)
     model.load_state_dict(state, assign=True)  # the tensors become the parameters, tied ones stay one
     return model.eval(), load_tokenizer(directory)
 

@@ -8,6 +8,7 @@ import torch
 
 from attention import CausalSelfAttention
 from model import BART, GPT, BARTConfig, GPTConfig
+from plumbing.models import count_parameters
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 
@@ -201,12 +202,16 @@ def test_a_model_with_caches_can_be_copied_and_its_state_is_its_parameters(gpt, 
         assert list(model.state_dict()) == [name for name, _ in model.named_parameters(remove_duplicate=False)]
 
 
-def test_tied_weights_are_one_tensor_and_untied_ones_are_two():
-    for cls, sizes in ((GPT, dict(n_layer=1)), (BART, dict(n_encoder_layer=1, n_decoder_layer=1))):
+def test_tied_weights_are_one_tensor_wherever_they_go_and_untied_ones_are_as_many_as_their_uses():
+    for cls, uses, sizes in ((GPT, 2, dict(n_layer=1)), (BART, 3, dict(n_encoder_layer=1, n_decoder_layer=1))):
         sizes |= dict(n_head=1, n_embd=4, vocab_size=5, block_size=4)
         tied, untied = cls(cls.config_class(**sizes)), cls(cls.config_class(tie_weights=False, **sizes))
-        assert tied.lm_head.weight is tied.wte.weight and untied.lm_head.weight is not untied.wte.weight
-        assert untied.count_parameters() - tied.count_parameters() == 5 * 4
+        for model in (tied, untied, copy.deepcopy(tied).double(), copy.deepcopy(untied).double()):
+            named = dict(model.named_parameters(remove_duplicate=False))
+            tables = {named[name] for name in ("wte.weight", "encoder_wte.weight", "lm_head.weight") if name in named}
+            assert len(tables) == (1 if model.config.tie_weights else uses)
+            assert model.count_parameters() == count_parameters(model.config)
+        assert untied.count_parameters() - tied.count_parameters() == 5 * 4 * (uses - 1)
 
 
 def test_memory_of_the_caches_is_made_at_the_first_cached_call_and_for_the_kv_heads_alone():
