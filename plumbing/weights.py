@@ -120,6 +120,7 @@ FORMATS = [
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 MAX_SIZE = 2**28   # of any number in a config: beyond every model, and products of three of them still fit 64 bits
 PIECE = 2**20      # numbers that are read at once
+READERS = 4        # threads that read: one alone cannot use the bandwidth of the memory
 MAX_HEADER = 2**21  # bytes of a safetensors header; GPT-2 XL's has 60 thousand
 OPTIONAL = "final_logits_bias"  # models saved without their head lack it
 MASK = re.compile(r"\.attn\.(bias|masked_bias)$")  # old GPT-2 files hold causal masks, not to be taken for c_attn.bias
@@ -333,11 +334,11 @@ def empty_model(directory, fmt, config, stored):
 
 
 def side_by_side(read, entries):
-    """The results of read(entry), on a few threads, none of which shares its work out further: they wait for memory."""
+    """The results of read(entry), on a few threads: they wait for memory, and share nothing out to further ones."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with ThreadPoolExecutor(min(threads, 8)) as pool:
+        with ThreadPoolExecutor(READERS) as pool:
             return list(pool.map(read, entries))
     finally:
         torch.set_num_threads(threads)

@@ -1,0 +1,64 @@
+"""bench.py measures what it says, on a model small enough to do it in seconds; times themselves are for the reader."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+import bench
+from conftest import call
+from model import BART, GPT
+from plumbing.weights import save_pretrained
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    config = replace(BART.get_default_config(), n_encoder_layer=1, n_decoder_layer=1, n_head=2, n_embd=8, vocab_size=20,
+                     block_size=10)
+    save_pretrained(tmp_path, BART(config))
+    return tmp_path
+
+
+def test_loading_is_measured_in_pairs_and_compared_with_transformers(tiny):
+    pytest.importorskip("transformers")
+    outcome = call(bench.main, "load", "--model", tiny, "--pairs", 2, "--parity", "--json")
+    assert outcome.code == 0, outcome
+    result = json.loads(outcome.out)
+    assert len(result["read_seconds"]) == len(result["load_seconds"]) == len(result["ratios"]) == 2
+    assert min(result["read_seconds"] + result["load_seconds"]) > 0 and result["difference"] < 1e-5
+    assert result["file_bytes"] == (tiny / "model.safetensors").stat().st_size and result["dtype"] == "float32"
+    report = bench.report_loading(result)
+    assert "load / read" in report and "transformers" in report and "torch" in report
+
+
+def test_a_random_model_is_removed_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setitem(bench.PRESETS, "tiny", GPT)
+    monkeypatch.setitem(GPT.presets, "tiny", dict(n_layer=1, n_head=1, n_embd=4, vocab_size=9, block_size=4))
+    monkeypatch.setattr(bench, "fresh", lambda function, *args: function(*args))
+    outcome = call(bench.main, "load", "--random", "tiny", "--dtype", "bfloat16", "--pairs", 1)
+    assert outcome.code == 0 and "load tiny, bfloat16, cpu" in outcome.out, outcome
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("args, words", [
+    ("load", "--model"), ("load --random gpt5", "gpt2-xl"), ("load --model no/where", "no/where"), ("love", "love"),
+    ("load --model . --pairs 0", "--pairs 0"), ("load --random gpt2 --model x", "--model"),
+    ("load --random gpt2 --device tpu", "tpu")])
+def test_bad_input_is_one_line(args, words, monkeypatch):
+    monkeypatch.setattr(bench, "save_random", None)
+    outcome = call(bench.main, *args.split())
+    assert outcome.code == 2 and words in outcome.err and outcome.err.count("\n") == 1 and not outcome.out
+
+
+def test_a_disk_without_room_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(bench.shutil, "disk_usage", lambda folder: bench.shutil._ntuple_diskusage(2**30, 2**30, 2**20))
+    outcome = call(bench.main, "load", "--random", "gpt2-xl")
+    assert outcome.code == 2 and "5.8 GiB" in outcome.err and "TMPDIR" in outcome.err and not any(tmp_path.iterdir())
+
+
+def test_what_goes_wrong_in_a_process_of_its_own_is_said_in_one_line(tiny):
+    (tiny / "config.json").unlink()
+    outcome = call(bench.main, "load", "--model", tiny)
+    assert outcome.code == 2 and "config.json" in outcome.err and outcome.err.count("\n") == 1
