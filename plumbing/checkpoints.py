@@ -7,14 +7,10 @@ manifest.json (size and sha256 of every file). A folder is written under a hidde
 then renamed: what is called step-* is whole, unless the disk changed it later, which the manifest tells.
 """
 
-import hashlib
 import json
 import math
 import os
-import re
 import shutil
-import stat
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,9 +20,8 @@ from safetensors.torch import load_file, save_file
 
 from plumbing.errors import UserError
 from plumbing.files import read_json
+from plumbing.manifests import MANIFEST, checkpoints, describe, newest
 from plumbing.weights import load_pretrained, save_pretrained
-
-STEP = re.compile(r"step-(\d+)(-replaced)?$")
 
 
 @dataclass
@@ -84,8 +79,7 @@ def save_checkpoint(run_dir, step, model, tokenizer, optimizers, extra, keep=2):
             groups.append(scalars)
         save_file(tensors, temporary / "training.safetensors")
         write_json(temporary / "training.json", {"step": step, "extra": extra, "optimizers": groups})
-        files = {path.name: {"size": path.stat().st_size, "sha256": sha256(path)} for path in temporary.iterdir()}
-        write_json(temporary / "manifest.json", {"files": files})
+        write_json(temporary / MANIFEST, describe(temporary))
         for path in [*temporary.iterdir(), temporary]:
             fsync(path)
         if final.exists():  # it keeps a name that loads until the new one has its own
@@ -124,57 +118,11 @@ def load_checkpoint(run_dir):
     The newest valid Checkpoint of a run, None if there is none at all. One that is damaged is passed over, with a line
     on stderr. Raises UserError if all are damaged.
     """
-    damage = []
-    for step, path in checkpoints(Path(run_dir)):
-        try:
-            verify(path)
-            training = read_json(path / "training.json")
-            checkpoint = Checkpoint(path, training["step"], training["extra"], training["optimizers"])
-        except (UserError, KeyError) as error:
-            damage.append(f"{error}")
-            continue
-        if damage:
-            print(f"passed over {len(damage)} damaged checkpoint(s), using {path}: {damage[0]}", file=sys.stderr)
-        return checkpoint
-    if damage:
-        raise UserError(f"every checkpoint in {run_dir} is damaged ({damage[0]}); start again in another directory")
-    return None
-
-
-def newest(run_dir):
-    """The folder of the newest valid checkpoint. Raises UserError if there is none."""
-    checkpoint = load_checkpoint(run_dir)
-    if checkpoint is None:
-        raise UserError(f"{run_dir} holds no checkpoint; pass a directory with step-* folders or a model's")
-    return checkpoint.path
-
-
-def checkpoints(run_dir):
-    """(step, folder) of every checkpoint, valid or not, newest first; a replaced one behind its replacement."""
-    found = [(int(STEP.match(path.name)[1]), path) for path in run_dir.glob("step-*") if STEP.match(path.name)]
-    return sorted(found, key=lambda item: (-item[0], item[1].name))
-
-
-def verify(path):
-    """Raise UserError unless every file of a checkpoint is there, a plain file, and has its size and sha256."""
-    def check(good, what):
-        if not good:
-            raise UserError(f"{what}; the checkpoint is damaged or was changed, use another one")
-
-    def plain(file):
-        return os.path.lexists(file) and stat.S_ISREG(file.lstat().st_mode)
-
-    check(not path.is_symlink() and path.is_dir(), f"{path} is not a folder")
-    check(plain(path / "manifest.json"), f"{path} has no manifest.json")
-    files = read_json(path / "manifest.json").get("files")
-    check(isinstance(files, dict) and "model.safetensors" in files, f"{path}/manifest.json lists no files")
-    for name, facts in files.items():
-        check(Path(name).name == name and isinstance(facts, dict), f"{path}/manifest.json names {name!a:.80}")
-        check(plain(path / name), f"{path / name} is not there as a regular file")
-        size = (path / name).stat().st_size
-        check(size == facts.get("size"), f"{path / name} has {size} bytes instead of {facts.get('size')}")
-    for name, facts in files.items():
-        check(sha256(path / name) == facts.get("sha256"), f"{path / name} has another sha256 than its manifest says")
+    path = newest(run_dir)
+    if path is None:
+        return None
+    training = read_json(path / "training.json")
+    return Checkpoint(path, training["step"], training["extra"], training["optimizers"])
 
 
 # -----------------------------------------------------------------------------
@@ -228,11 +176,6 @@ def unpack(optimizer, groups, tensors, names, path):
 
 def write_json(path, value):
     path.write_text(json.dumps(value, indent=1) + "\n")
-
-
-def sha256(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def fsync(path):

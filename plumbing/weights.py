@@ -26,6 +26,7 @@ from torch.overrides import TorchFunctionMode
 from model import BART, GPT
 from plumbing.errors import UserError
 from plumbing.files import read_json
+from plumbing.manifests import MANIFEST, newest, verify
 from plumbing.tokenizers import load_tokenizer
 
 # -----------------------------------------------------------------------------
@@ -378,13 +379,12 @@ def read_tensor(parts, dtype, device):
 
 def locate(directory_or_name):
     """The directory of a model: a path, the newest valid checkpoint of a run, or a name on the Hugging Face hub."""
-    from plumbing.checkpoints import newest, verify  # here: checkpoints are made of what this file writes
     name = os.fspath(directory_or_name)
     path = Path(name)
     if path.is_dir():
-        if any(path.glob("step-*")):
-            return newest(path)
-        if os.path.lexists(path / "manifest.json"):
+        if run := newest(path):
+            return run
+        if os.path.lexists(path / MANIFEST):
             verify(path)
         return path
     if os.path.lexists(path):

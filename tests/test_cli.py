@@ -396,14 +396,14 @@ def test_control_c_in_a_generation_exits_130(places):
 
 
 @pytest.mark.parametrize("program", ["generate.py", "train.py"])
-def test_help_is_there_in_under_three_seconds_and_imports_nothing_heavy(program):
-    code = (f"import runpy, sys, time; sys.path.insert(0, {str(ROOT)!r}); sys.argv = ['{program}', '--help']\n"
+def test_help_is_there_and_imports_nothing_heavy(program):
+    code = (f"import runpy, sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv = ['{program}', '--help']\n"
             f"try: runpy.run_path({str(ROOT / program)!r}, run_name='__main__')\n"
             f"except SystemExit as exit: assert not exit.code\n"
             f"heavy = {{'transformers', 'matplotlib', 'huggingface_hub', 'numba', 'pandas'}} & set(sys.modules)\n"
-            f"print(time.process_time(), heavy or '', file=sys.stderr)")
+            f"print(*heavy, file=sys.stderr)")
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.returncode == 0 and float(result.stderr) < 3, result.stderr
+    assert result.returncode == 0 and not result.stderr.strip(), result.stderr
     assert "--train.steps=2000" in result.stdout if program == "train.py" else "--max-new-tokens" in result.stdout
 
 

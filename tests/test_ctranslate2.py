@@ -18,7 +18,7 @@ import transformers
 from conftest import ROOT, train_run
 from generate import generate
 from model import BART, GPT
-from plumbing.checkpoints import newest
+from plumbing.manifests import newest
 from plumbing.data import DataConfig, make_pairs
 from plumbing.weights import load_pretrained, save_pretrained
 
