@@ -2,7 +2,7 @@
 
 PYTHON ?= python3
 RUN := .venv/bin/python
-PROMPT := The if statement
+PROMPT := Python
 
 .PHONY: demo test mutants
 
@@ -10,7 +10,7 @@ PROMPT := The if statement
 # Run again, it finds the trained model and goes on to the writing.
 demo: .venv/ready
 	$(RUN) train.py configs/gpt-tiny.toml --train.resume=true
-	$(RUN) generate.py --model out/gpt-tiny --prompt "$(PROMPT)" --compare
+	$(RUN) generate.py --model out/gpt-tiny --prompt "$(PROMPT)" --max-new-tokens 60 --compare
 
 test: .venv/ready
 	$(RUN) -m pytest -q
