@@ -159,8 +159,8 @@ def prepare(model, prompts, max_new_tokens, decoder_prompts):
         raise UserError(f"max_new_tokens={max_new_tokens} must be at least 1")
     longest = max(map(len, texts), default=0)
     if longest + max_new_tokens > config.block_size:
-        raise UserError(f"{longest} tokens and max_new_tokens={max_new_tokens} do not fit block_size={config.block_size}: "
-                        f"shorten the prompt or ask for fewer")
+        raise UserError(f"{longest} tokens and max_new_tokens={max_new_tokens} do not fit "
+                        f"block_size={config.block_size}: shorten the prompt or ask for fewer")
     return source, texts
 
 
@@ -229,8 +229,9 @@ def write_text(model, tokenizer, prompt, ids, args, choice):
     shown = "" if isinstance(model, BART) else prompt
     live = args.num_samples == 1 and not args.no_stream and not args.json
     say = (lambda text: print(text, end="", flush=True)) if live else (lambda text: None)
-    rows, seconds, decoder, start = [[] for _ in range(args.num_samples)], [], StreamDecoder(tokenizer), time.perf_counter()
+    rows, seconds, decoder = [[] for _ in range(args.num_samples)], [], StreamDecoder(tokenizer)
     say(shown)
+    start = time.perf_counter()
     for step in steps:
         seconds.append(time.perf_counter() - start)
         start += seconds[-1]
@@ -240,8 +241,8 @@ def write_text(model, tokenizer, prompt, ids, args, choice):
     say(decoder.flush() + "\n")
     for n, row in enumerate([] if live else rows):
         text = tokenizer.decode(row)
-        line = json.dumps({"prompt": prompt, "text": text, "ids": row}) if args.json else ("---\n" if n else "") + shown + text
-        print(line)
+        plain = ("---\n" if n else "") + shown + text
+        print(json.dumps({"prompt": prompt, "text": text, "ids": row}) if args.json else plain)
     return rows, seconds
 
 
@@ -252,7 +253,8 @@ def show_stats(model, ids, rows, seconds, args):
                           model.wte.weight.element_size())["self_cache_bytes"]
     later = seconds[1:] or [0.0]
     print(f"{len(ids)} prompt tokens, first token after {1e3 * seconds[0]:.1f} ms; {sum(map(len, rows))} new tokens, "
-          f"{1e3 * sum(later) / len(later):.2f} ms per step after it; cache of {S} positions, {bytes_:,} bytes", file=sys.stderr)
+          f"{1e3 * sum(later) / len(later):.2f} ms per step after it; cache of {S} positions, {bytes_:,} bytes",
+          file=sys.stderr)
 
 
 def compare(model, ids, args):

@@ -83,7 +83,8 @@ def check_fields(config):
     positive(config, "n_head", "n_kv_head", "n_embd", "n_inner", "vocab_size", "block_size", "max_batch_size")
     kv = config.n_head if config.n_kv_head is None else config.n_kv_head
     if config.n_embd % config.n_head or config.n_head % kv:
-        raise UserError(f"n_embd={config.n_embd} must be a multiple of n_head={config.n_head}, and that of n_kv_head={kv}")
+        raise UserError(f"n_embd={config.n_embd} must be a multiple of n_head={config.n_head}, "
+                        f"and n_head of n_kv_head={kv}")
     for field in fields(config):
         value = getattr(config, field.name)
         if field.name.endswith("pdrop") and not 0 <= value < 1:
@@ -249,7 +250,7 @@ class GPT(Model):
         return self.h
 
     def features(self, idx, use_kv_cache=False, start_pos=0):
-        """Everything but the head, (B, T) -> (B, T, C): a caller that wants one position's logits projects only that."""
+        """Everything but the head, (B, T) -> (B, T, C): who wants one position's logits projects only that one."""
         T = idx.size(1)
         x = self.drop(self.wte(idx) + self.wpe(self.positions(start_pos, T, idx.device)))  # (B, T, C)
         with in_step([block.attn for block in self.h] if use_kv_cache else [], start_pos, *idx.shape):

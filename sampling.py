@@ -21,7 +21,7 @@ class Choice:
 
     temperature: float = 0.0            # logits are divided by this; 0 = greedy
     top_k: int | None = None            # keep the k most likely tokens
-    top_p: float | None = None          # keep the most likely ones until their probabilities reach p (Holtzman et al. 2019)
+    top_p: float | None = None          # keep the most likely ones until they have probability p (Holtzman et al. 2019)
     min_p: float | None = None          # keep those at least this fraction as likely as the most likely one
     seed: int | None = None             # of the draws; None = different every time
     n_vocab: int | None = None          # ids from here on are never chosen: a model's vocabulary may be padded

@@ -93,8 +93,8 @@ def make_optimizers(model, config):
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     optimizers = [torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2))]
     if inner:  # its updates rescaled to the size of AdamW's, so that one learning rate serves both
-        optimizers.append(torch.optim.Muon([trained[name] for name in inner], lr=config.lr,
-                                           weight_decay=config.weight_decay, momentum=0.9, adjust_lr_fn="match_rms_adamw"))
+        optimizers.append(torch.optim.Muon([trained[name] for name in inner], lr=config.lr, momentum=0.9,
+                                           weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"))
     return optimizers
 
 
@@ -177,8 +177,9 @@ def train(model_values, data_config, config):
                                                     "text": data.identity(), "train": asdict(config)})
     dtype = config.dtype if config.dtype != "auto" else "bfloat16" if device.startswith("cuda") else "float32"
     autocast = torch.autocast(device.split(":")[0], torch.bfloat16) if dtype == "bfloat16" else nullcontext()
-    compute = torch.compile(loss_sum) if config.compile else loss_sum  # with the loss, whose logits are the largest tensor
-    print(f"{model.count_parameters():,} parameters, {tokenizer.n_vocab:,} tokens in the vocabulary, on {device} in {dtype}")
+    compute = torch.compile(loss_sum) if config.compile else loss_sum  # with the loss: its logits are what is large
+    print(f"{model.count_parameters():,} parameters, {tokenizer.n_vocab:,} tokens in the vocabulary, "
+          f"on {device} in {dtype}")
     bar = tqdm(total=config.steps, initial=this_run.step, unit="step", dynamic_ncols=True,
                mininterval=0.5 if sys.stderr.isatty() else 15)
     model.train()

@@ -24,12 +24,12 @@ def parse(doc, args=None):
     parser = Parser(prog="generate.py", description=doc)
     add = parser.add_argument
     add("--model", metavar="DIR_OR_NAME", help="a Hugging Face directory, a training run, or a name on the hub")
-    add("--random", metavar="CONFIG", help="an untrained model instead: a configuration file or a preset, e.g. bart-large")
+    add("--random", metavar="CONFIG", help="an untrained model instead: a configuration or a preset, e.g. bart-large")
     add("--prompt", metavar="TEXT", help="text to continue (GPT) or to read (BART)")
     add("--prompt-file", metavar="PATH", help="the same from a file, - for standard input")
     add("stdin", nargs="?", choices=["-"], metavar="-", help="the same from standard input")
     add("--prompt-tokens", type=int, metavar="N", help="a prompt of N random tokens, for --random")
-    add("--max-new-tokens", type=int, metavar="M", help=f"at most; default: {DEFAULT_NEW_TOKENS}, or what fits the model")
+    add("--max-new-tokens", type=int, metavar="M", help=f"at most; default: {DEFAULT_NEW_TOKENS}, or what fits")
     add("--strategy", default="cached", help="naive, hoisted (BART) or cached")
     add("--temperature", type=float, default=0.0, help="0 = greedy")
     add("--top-k", type=int, metavar="K", help="draw among the K most likely tokens")
@@ -52,7 +52,7 @@ def parse(doc, args=None):
         raise UserError("give one of --model DIR_OR_NAME and --random CONFIG")
     prompts = [args.prompt, args.prompt_file, args.stdin, args.prompt_tokens]
     if sum(p is not None for p in prompts) != 1:
-        raise UserError("give one prompt: --prompt TEXT, --prompt-file PATH, - for standard input, or --prompt-tokens N")
+        raise UserError("give one prompt: --prompt TEXT, --prompt-file PATH, - (standard input) or --prompt-tokens N")
     if args.prompt_tokens is not None and (args.random is None or args.prompt_tokens < 1):
         raise UserError(f"--prompt-tokens {args.prompt_tokens} is for --random, and at least 1")
     if args.random and args.prompt_tokens is None:
@@ -66,7 +66,7 @@ def parse(doc, args=None):
         raise UserError(f"--compare, --trace and --report decode one text greedily: leave out --temperature "
                         f"{args.temperature} and --num-samples {args.num_samples}")
     if args.num_samples > 1 and not measured and args.temperature == 0:
-        raise UserError(f"--num-samples {args.num_samples} at temperature 0 gives the same text every time: set --temperature")
+        raise UserError(f"--num-samples {args.num_samples} at temperature 0 gives one text many times: set --temperature")
     if args.beams not in (None, 1):
         raise UserError(f"--beams {args.beams}: beam search is not part of this program yet, use --beams 1")
     args.ignore_eos = args.ignore_eos or bool(args.random)  # what an untrained model calls the end means nothing
@@ -88,7 +88,8 @@ def read_prompt(args, model, tokenizer):
     """The prompt as text and as ids. One line end at the end of a file or of standard input is not part of it."""
     if args.prompt_tokens is not None:
         if args.prompt_tokens > model.config.block_size:
-            raise UserError(f"--prompt-tokens {args.prompt_tokens} do not fit block_size={model.config.block_size}: ask for fewer")
+            raise UserError(f"--prompt-tokens {args.prompt_tokens} do not fit block_size={model.config.block_size}: "
+                            f"ask for fewer")
         draws = random.Random(args.seed or 0)
         return "", [draws.randrange(model.config.vocab_size) for _ in range(args.prompt_tokens)]
     if args.prompt_file not in (None, "-"):
@@ -96,7 +97,7 @@ def read_prompt(args, model, tokenizer):
     elif args.prompt is None:
         text = decode("standard input", sys.stdin.buffer.read(MAX_PROMPT + 1)).removesuffix("\n")
     else:
-        text = decode("--prompt", args.prompt.encode("utf-8", "surrogatepass"))  # bytes that are no text get here as surrogates
+        text = decode("--prompt", args.prompt.encode("utf-8", "surrogatepass"))  # bytes that are no text are surrogates
     if len(text) > MAX_PROMPT:
         raise UserError(f"the prompt on standard input is longer than {MAX_PROMPT:,} bytes: shorten it")
     return text, tokenizer.encode(text)
@@ -116,11 +117,12 @@ def choice(args, model, tokenizer, published, ids):
     """
     for key, idle in UNSUPPORTED.items():
         if published.get(key, idle) not in (idle, None):
-            raise UserError(f"generation_config.json asks for {key}={published[key]!r:.60}, which is not supported: delete it "
-                            f"there to generate without")
+            raise UserError(f"generation_config.json asks for {key}={published[key]!r:.60}, which is not supported: "
+                            f"delete it there to generate without")
     beams = integer(published, "num_beams", 1)
     if beams > 1 and args.beams is None:
-        others = "".join(f", {key}={published[key]!r:.60}" for key in ("length_penalty", "early_stopping") if key in published)
+        others = [key for key in ("length_penalty", "early_stopping") if key in published]
+        others = "".join(f", {key}={published[key]!r:.60}" for key in others)
         raise UserError(f"generation_config.json asks for num_beams={beams}{others}: beam search is not part of this "
                         f"program yet, pass --beams 1 to decode greedily")
     encoder_decoder = hasattr(model.config, "start_id")
@@ -142,5 +144,6 @@ def choice(args, model, tokenizer, published, ids):
 def integer(published, key, otherwise, below=2**31):
     value = published.get(key)
     if value is not None and (type(value) is not int or not 0 <= value < below):
-        raise UserError(f"generation_config.json has {key}={value!r:.60}: it must be a whole number from 0 to {below - 1}")
+        raise UserError(f"generation_config.json has {key}={value!r:.60}: it must be a whole number from 0 to "
+                        f"{below - 1}")
     return otherwise if value is None else value

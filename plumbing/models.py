@@ -35,7 +35,8 @@ def read_model_config(values, tokenizer=None):
     values = {key: value for key, value in values.items() if key not in ("type", "preset")}
     config = configs.build(cls.config_class, values, "model", **defaults)
     if tokenizer is not None and config.vocab_size < tokenizer.n_vocab:
-        raise UserError(f"model.vocab_size={config.vocab_size} is less than the tokenizer's {tokenizer.n_vocab}: leave it out")
+        raise UserError(f"model.vocab_size={config.vocab_size} is less than the tokenizer's "
+                        f"{tokenizer.n_vocab}: leave it out")
     return config
 
 
