@@ -126,6 +126,8 @@ class KVCache:
     def check(self, start_pos, B, T):
         """Raise ValueError if B rows of T positions cannot be stored at start_pos. Changes nothing."""
         tensor = isinstance(start_pos, torch.Tensor)
+        if tensor and start_pos.shape not in ((), (B, 1)):
+            raise ValueError(f"start_pos has the shape {tuple(start_pos.shape)}: it must be () or ({B}, 1)")
         if B > self.batch_size:
             raise ValueError(f"a batch of {B} rows does not fit a cache of {self.batch_size} (max_batch_size): "
                              f"use fewer rows or a larger max_batch_size")
@@ -142,8 +144,9 @@ class KVCache:
 
     def rewind(self, filled):
         """Forget every position from `filled` on. Raises ValueError if fewer are stored."""
-        if self.filled is not None and not 0 <= filled <= self.filled:
-            raise ValueError(f"cannot rewind to position {filled}: {self.filled} positions are stored")
+        stored = self.length if self.filled is None else self.filled
+        if not 0 <= filled <= stored:
+            raise ValueError(f"cannot rewind to position {filled}: {stored} positions are stored")
         if self.k is not None:
             self.k[: self.rows, :, filled : self.filled] = 0
             self.v[: self.rows, :, filled : self.filled] = 0
@@ -170,29 +173,42 @@ class MemoryCache:
     """
 
     def __init__(self, memory, lengths, k, v):
-        self.memory, self.lengths = weakref.ref(memory), lengths
-        self.k, self.v = k.detach(), v.detach()
+        self.memory, self.version = weakref.ref(memory), version(memory)
+        self.lengths, self.k, self.v = lengths, k.detach(), v.detach()
 
-    def of(self, memory, lengths=None):
-        same_lengths = lengths is None or (self.lengths is not None and torch.equal(lengths, self.lengths))
-        return self.memory() is memory and same_lengths
+    def of(self, memory, lengths):
+        """Whether memory and lengths, where they are given, are those that are stored, not changed since."""
+        same = memory is None or (self.memory and self.memory() is memory and version(memory) == self.version)
+        return same and (lengths is None or self.lengths is not None and torch.equal(lengths, self.lengths))
+
+    def __getstate__(self):
+        return self.__dict__ | {"memory": None}  # a reference cannot be pickled: a copy knows no memory by sight
+
+
+def version(x):
+    """How often a tensor was written in place; tensors of inference mode do not count that."""
+    return None if x.is_inference() else x._version
 
 
 @contextmanager
 def in_step(layers, start_pos, B, T):
     """
-    Let a stack of self-attention layers store the same positions: if one of them fails, those before it forget.
-    What cannot be stored is refused here, before any layer runs.
+    Let a stack of attention layers store the same positions of the same text: if one of them fails, those before it
+    forget. What cannot be stored is refused here, before any layer runs. A text that a failed call at start_pos=0
+    was about to replace is lost.
     """
-    caches = [layer.cache for layer in layers if layer.cache is not None]
-    for cache in caches:
-        cache.check(start_pos, B, T)
+    before = {layer: layer.cache for layer in layers}
+    for cache in before.values():
+        if isinstance(cache, KVCache):
+            cache.check(start_pos, B, T)
     try:
         yield
     except BaseException:
-        if not isinstance(start_pos, torch.Tensor):  # repeating a step at explicit tensor positions rewrites them
-            for cache in (layer.cache for layer in layers if layer.cache is not None):
-                cache.rewind(min(start_pos, cache.filled))
+        for layer, cache in before.items():
+            if isinstance(layer, CrossAttention):
+                layer.cache = cache
+            elif layer.cache is not None and not isinstance(start_pos, torch.Tensor):
+                layer.cache.rewind(min(start_pos, layer.cache.filled))  # a step at tensor positions just rewrites them
         raise
 
 

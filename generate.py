@@ -174,6 +174,8 @@ def stream(model, prompts, max_new_tokens, *, strategy="cached", decoder_prompts
     device = next(model.parameters()).device
     eos_id = None if ignore_eos else model.config.eos_id
     choose = Choice(**choice).chooser(device, eos_id)
+    forced = [choice[key] for key in ("forced_first", "forced_last") if choice.get(key) is not None]
+    check_ids("the list of forced ids", [forced], model.config, least=0)
     source, texts = prepare(model, prompts, max_new_tokens, decoder_prompts)
     return loop(model, strategies(model)[strategy](model, source), texts, max_new_tokens, choose, eos_id)
 
@@ -257,37 +259,40 @@ def show_stats(model, ids, rows, seconds, args):
           file=sys.stderr)
 
 
-def compare(model, ids, args):
+def compare(model, ids, args, choice):
     """Every strategy on the same input: the result of cost.compare."""
     def start(strategy):
         return lambda: stream(model, [ids] * args.num_samples, args.max_new_tokens, strategy=strategy,
-                              ignore_eos=args.ignore_eos)
+                              ignore_eos=args.ignore_eos, **choice)
 
     return cost.compare(model, {name: start(name) for name in strategies(model)}, len(ids), args.num_samples)
 
 
-def trace(model, ids, args):
+def trace(model, ids, args, choice):
     """The cost.Cost of a generation, and that of one teacher-forced pass over the same tokens, as in training."""
     with cost.count(model) as counted:
-        new = generate(model, [ids], args.max_new_tokens, strategy=args.strategy, ignore_eos=args.ignore_eos)[0]
+        new = generate(model, [ids], args.max_new_tokens, strategy=args.strategy, ignore_eos=args.ignore_eos,
+                       **choice)[0]
     texts = [ids, [model.config.start_id, *new[:-1]]] if isinstance(model, BART) else [ids + new[:-1]]
     with cost.count(model) as training, torch.no_grad():
         model(*(torch.tensor([text], device=model.wte.weight.device) for text in texts))
     return counted, training
 
 
-def write_report(model, tokenizer, ids, args):
+def write_report(model, tokenizer, ids, args, choice):
     """Compare the strategies, collect the attention weights of a cached run, and write both as a page."""
     bart, M, config = isinstance(model, BART), args.max_new_tokens, model.config
     T = (1 if bart else len(ids)) + M - 1
     report.check_size(config.n_head * len(model.decoder_layers()) * T * (T + bart * len(ids)))
-    result = compare(model, ids, args)
+    report.check_path(args.report)
+    result = compare(model, ids, args, choice)
     with cost.attention_weights(model) as weights:
-        new = generate(model, [ids], M, ignore_eos=args.ignore_eos)[0]
+        new = generate(model, [ids], M, ignore_eos=args.ignore_eos, **choice)[0]
     weights = {kind: [cost.matrix(calls)[0] for calls in layers if calls] for kind, layers in weights.items()}
     show = tokenizer.show if tokenizer else str
     source, target = (ids, [config.start_id, *new]) if bart else ([], ids + new)
     report.write_report(args.report, result, [show(i) for i in source], [show(i) for i in target], weights)
+    print(f"wrote {args.report}", file=sys.stderr)
     return result
 
 
@@ -297,10 +302,11 @@ def main(args=None):
     prompt, ids = cli.read_prompt(args, model, tokenizer)
     choice = cli.choice(args, model, tokenizer, published, ids)
     if args.trace:
-        counted, training = trace(model, ids, args)
+        counted, training = trace(model, ids, args, choice)
         print(counted.jsonl() if args.json else counted.table(training), end="")
     elif args.compare or args.report:
-        result = write_report(model, tokenizer, ids, args) if args.report else compare(model, ids, args)
+        result = (write_report(model, tokenizer, ids, args, choice) if args.report
+                  else compare(model, ids, args, choice))
         if args.json:
             print(json.dumps(result))
         else:

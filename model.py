@@ -202,8 +202,8 @@ class Model(nn.Module):
 
     def positions(self, start_pos, T, device):
         """Absolute positions of T new tokens: (T,), or (B, T) if start_pos is (B, 1)."""
-        if not isinstance(start_pos, torch.Tensor) and start_pos + T > self.config.block_size:
-            raise ValueError(f"position {start_pos + T - 1} is beyond block_size={self.config.block_size}: "
+        if not isinstance(start_pos, torch.Tensor) and not 0 <= start_pos <= self.config.block_size - T:
+            raise ValueError(f"position {start_pos + T - 1} is beyond block_size={self.config.block_size} or below 0: "
                              f"shorten the text or raise block_size")
         return start_pos + torch.arange(T, device=device)
 
@@ -300,14 +300,17 @@ class BART(Model):
         x = wte(ids) * scale + wpe(self.positions(start_pos, ids.size(1), ids.device))
         return self.drop(ln(x))  # (B, T, C)
 
+    def check_lengths(self, lengths, N):
+        if lengths is not None and not (1 <= lengths.min() and lengths.max() <= N):
+            raise ValueError(f"source_lengths={lengths.tolist()} must lie between 1 and the width {N}")
+
     def encode(self, source, source_lengths=None):
         """
         source: (B, N) int64 -> memory (B, N, C). Rows shorter than N are padded on the right, with any valid id;
         source_lengths: (B,) how many tokens count in each, None for all. Raises ValueError beyond block_size.
         """
         N = source.size(1)
-        if source_lengths is not None and not (1 <= source_lengths.min() and source_lengths.max() <= N):
-            raise ValueError(f"source_lengths={source_lengths.tolist()} must lie between 1 and the width {N}")
+        self.check_lengths(source_lengths, N)
         x = self.embed(source, self.encoder_wte, self.encoder_wpe, self.encoder_ln)
         for layer in self.encoder:
             x = layer(x, source_lengths)
@@ -315,15 +318,17 @@ class BART(Model):
 
     def features(self, target, memory, source_lengths=None, use_kv_cache=False, start_pos=0):
         """decode() without the head, (B, T) -> (B, T, C)."""
-        fresh = not isinstance(start_pos, torch.Tensor) and start_pos == 0
-        if use_kv_cache and memory is not None and not fresh:
-            cache = self.decoder[0].cross.cache
-            if cache is None or not cache.of(memory, source_lengths):
+        cache, fresh = self.decoder[0].cross.cache, not isinstance(start_pos, torch.Tensor) and start_pos == 0
+        if use_kv_cache and not (fresh and memory is not None):  # the stored memory is meant
+            if cache is not None and not cache.of(memory, source_lengths) or cache is None and memory is not None:
                 raise ValueError(f"start_pos={start_pos} continues a target, but this memory is not the stored one: "
                                  f"pass that tensor (or None), or start again at start_pos=0")
             memory = None
+        elif memory is not None:
+            self.check_lengths(source_lengths, memory.size(1))
         x = self.embed(target, self.wte, self.decoder_wpe, self.decoder_ln, start_pos)
-        with in_step([layer.attn for layer in self.decoder] if use_kv_cache else [], start_pos, *target.shape):
+        caching = [part for layer in self.decoder for part in (layer.attn, layer.cross)] if use_kv_cache else []
+        with in_step(caching, start_pos, *target.shape):
             for layer in self.decoder:
                 x = layer(x, memory, source_lengths, use_kv_cache, start_pos)
         return x

@@ -180,6 +180,8 @@ def train(model_values, data_config, config):
     compute = torch.compile(loss_sum) if config.compile else loss_sum  # with the loss: its logits are what is large
     print(f"{model.count_parameters():,} parameters, {tokenizer.n_vocab:,} tokens in the vocabulary, "
           f"on {device} in {dtype}")
+    if this_run.step >= config.steps:
+        print(f"the run in {config.out_dir} is at step {this_run.step} already: raise --train.steps to go on")
     bar = tqdm(total=config.steps, initial=this_run.step, unit="step", dynamic_ncols=True,
                mininterval=0.5 if sys.stderr.isatty() else 15)
     model.train()

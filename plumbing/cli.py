@@ -15,7 +15,8 @@ MAX_PROMPT = 2**24  # bytes
 MAX_SAMPLES = 1024  # rows of one batch
 DEFAULT_NEW_TOKENS = 100
 # keys of generation_config.json that change what is generated and that nothing here can honour, unless they are idle
-UNSUPPORTED = {"repetition_penalty": 1.0, "encoder_no_repeat_ngram_size": 0, "bad_words_ids": None,
+UNSUPPORTED = {"repetition_penalty": 1.0, "encoder_no_repeat_ngram_size": 0, "bad_words_ids": None, "typical_p": 1.0,
+               "forced_decoder_ids": None, "stop_strings": None, "exponential_decay_length_penalty": None,
                "suppress_tokens": None, "begin_suppress_tokens": None, "sequence_bias": None, "num_beam_groups": 1}
 
 
@@ -48,6 +49,13 @@ def parse(doc, args=None):
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--dtype", choices=sorted(DTYPES), help="of the weights; default: as in the file")
     args = parser.parse_args(args)
+    check(args)
+    args.ignore_eos = args.ignore_eos or bool(args.random)  # what an untrained model calls the end means nothing
+    return args
+
+
+def check(args):
+    """Raise UserError on arguments that do not go together."""
     if (args.model is None) == (args.random is None):
         raise UserError("give one of --model DIR_OR_NAME and --random CONFIG")
     prompts = [args.prompt, args.prompt_file, args.stdin, args.prompt_tokens]
@@ -62,15 +70,22 @@ def parse(doc, args=None):
     measured = args.compare or args.trace or args.report
     if args.random and not measured:
         raise UserError("--random is for --compare, --trace and --report: an untrained model has nothing to say")
-    if measured and (args.temperature or args.num_samples > 1 and (args.trace or args.report)):
-        raise UserError(f"--compare, --trace and --report decode one text greedily: leave out --temperature "
-                        f"{args.temperature} and --num-samples {args.num_samples}")
+    drawing = [name for name in ("temperature", "top_k", "top_p", "min_p") if getattr(args, name)]
+    drawing = [f"--{name.replace('_', '-')} {getattr(args, name)}" for name in drawing]
+    if measured and drawing:
+        raise UserError(f"--compare, --trace and --report decode greedily: leave out {drawing[0]}")
+    if drawing and not args.temperature:
+        raise UserError(f"{drawing[0]} has no effect at temperature 0: set --temperature")
+    if args.num_samples > 1 and (args.trace or args.report):
+        raise UserError(f"--trace and --report show one text: leave out --num-samples {args.num_samples}")
+    if args.trace and (args.compare or args.report):
+        raise UserError("--trace prints one table: ask for --compare or --report in a run of its own")
+    if args.stats and measured:
+        raise UserError("--stats is for plain generation: --compare shows times and counts by itself")
     if args.num_samples > 1 and not measured and args.temperature == 0:
-        raise UserError(f"--num-samples {args.num_samples} at temperature 0 gives one text many times: set --temperature")
+        raise UserError(f"--num-samples {args.num_samples} at temperature 0 is one text many times: set --temperature")
     if args.beams not in (None, 1):
         raise UserError(f"--beams {args.beams}: beam search is not part of this program yet, use --beams 1")
-    args.ignore_eos = args.ignore_eos or bool(args.random)  # what an untrained model calls the end means nothing
-    return args
 
 
 def load(args):
@@ -100,7 +115,10 @@ def read_prompt(args, model, tokenizer):
         text = decode("--prompt", args.prompt.encode("utf-8", "surrogatepass"))  # bytes that are no text are surrogates
     if len(text) > MAX_PROMPT:
         raise UserError(f"the prompt on standard input is longer than {MAX_PROMPT:,} bytes: shorten it")
-    return text, tokenizer.encode(text)
+    ids = tokenizer.encode(text)
+    if not ids:
+        raise UserError("the prompt is empty: give at least one character to continue")
+    return text, ids
 
 
 def decode(what, data):
@@ -129,11 +147,18 @@ def choice(args, model, tokenizer, published, ids):
     start, V = 1 if encoder_decoder else len(ids), model.config.vocab_size
     if encoder_decoder:
         model.config.start_id = integer(published, "decoder_start_token_id", model.config.start_id, V)
+    eos = published.get("eos_token_id")
+    if isinstance(eos, list) and len(eos) > 1:
+        raise UserError(f"generation_config.json names {len(eos)} ids as eos_token_id: leave one of them there")
+    if type(eos) is int and 0 <= eos < V:  # GPT-2's default of 50256 stands in many files with a smaller vocabulary
+        model.config.eos_id = eos
     if args.max_new_tokens is None:
         longest = integer(published, "max_length", start + DEFAULT_NEW_TOKENS)
+        longest = start + integer(published, "max_new_tokens", longest - start)
         args.max_new_tokens = max(1, min(longest, model.config.block_size) - start)
     chosen = {key: getattr(args, key) for key in ("temperature", "top_k", "top_p", "min_p", "seed")}
-    chosen |= {"min_length": integer(published, "min_length", 0),
+    least = max(integer(published, "min_length", 0), start + integer(published, "min_new_tokens", -start))
+    chosen |= {"min_length": least,
                "no_repeat_ngram": integer(published, "no_repeat_ngram_size", 0) or None,
                "forced_last": integer(published, "forced_eos_token_id", None, V),
                "forced_first": integer(published, "forced_bos_token_id", None, V) if encoder_decoder else None,

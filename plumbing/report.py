@@ -7,10 +7,12 @@ knows a model.
 
 import base64
 import json
-import struct
+import os
 from collections import Counter
 from math import prod
 from pathlib import Path
+
+import torch
 
 from plumbing.errors import UserError
 
@@ -100,8 +102,8 @@ def comparison_table(result):
 # -----------------------------------------------------------------------------
 # The page
 
-MAX_WEIGHTS = 9_000_000  # attention weights in a page: 24 MB, which a browser still opens at once
-SCALE = 10_000           # a weight is stored as an integer of 16 bits, to four decimals
+MAX_WEIGHTS = 9_000_000  # attention weights in a page: 36 MB, which a browser still opens
+SCALE = 2**24 - 1        # a weight is stored as an integer of 24 bits, right to 3e-8
 
 
 def check_size(n_weights):
@@ -111,10 +113,18 @@ def check_size(n_weights):
                         f"{MAX_WEIGHTS:,}: use a shorter source, fewer new tokens or a smaller model")
 
 
+def check_path(path):
+    """Raise UserError unless a file can be written there, before hours of work go into it."""
+    folder = Path(path).absolute().parent
+    if Path(path).is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise UserError(f"cannot write {path}: name a file in a folder that exists and can be written")
+
+
 def packed(weights):
-    """A tensor of weights (H, T, S) as text: 16-bit little-endian integers in base64."""
-    numbers = (weights * SCALE).round().int().flatten().tolist()
-    return base64.b64encode(struct.pack(f"<{len(numbers)}H", *numbers)).decode()
+    """A tensor of weights (H, T, S) as text: 24-bit little-endian integers in base64."""
+    numbers = (weights.double() * SCALE).round().int().flatten()
+    triples = torch.stack([numbers >> shift & 255 for shift in (0, 8, 16)], dim=-1)
+    return base64.b64encode(bytes(triples.flatten().tolist())).decode()
 
 
 def write_report(path, result, source, target, weights, title="Incremental decoding, step by step"):

@@ -12,7 +12,8 @@ from plumbing.checkpoints import load_checkpoint, save_checkpoint
 from plumbing.errors import UserError
 from plumbing.tokenizers import load_tokenizer
 
-RESUMABLE = ("model", "data", "text")  # what a resumed run must have in common with the run it continues
+# what a resumed run must have in common with the run it continues: all of these sections (None), or some of their keys
+RESUMABLE = {"model": None, "data": None, "text": None, "train": ("seed", "batch_size", "accumulation", "optimizer")}
 
 
 class Run:
@@ -37,12 +38,12 @@ class Run:
         """
         self.described = described
         was = self.checkpoint.extra if self.checkpoint else described
-        for section in RESUMABLE:
-            for key, now in described[section].items():
-                then = was.get(section, {}).get(key)
+        for section, keys in RESUMABLE.items():
+            for key in keys or described[section]:
+                now, then = described[section][key], was.get(section, {}).get(key)
                 if then != now and key != "python":  # the text's hash tells more than its Python
-                    raise UserError(f"{section}.{key} is {now!r}, but the run in {self.out} has {then!r}: resume it with "
-                                    f"what it had")
+                    raise UserError(f"{section}.{key} is {now!r}, but the run in {self.out} has {then!r}: "
+                                    f"resume it with what it had")
         if self.checkpoint:
             self.checkpoint.restore(model, optimizers)
         self.rewind_log()
@@ -57,12 +58,17 @@ class Run:
             beside.write_text("".join(lines))
             beside.replace(self.out / "log.jsonl")  # a kill finds the old log or the new one, never half of it
         except OSError as error:
-            raise UserError(f"cannot write in {self.out}: {error.strerror}; name another directory with --train.out_dir")
+            raise UserError(f"cannot write in {self.out}: {error.strerror}; name another with --train.out_dir")
 
     def history(self):
-        """The lines of log.jsonl as dicts, without one that a power cut left unfinished."""
-        path = self.out / "log.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
+        """The lines of log.jsonl as dicts, without any that a power cut left unfinished."""
+        path, lines = self.out / "log.jsonl", []
+        for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+            try:
+                lines.append({"step": 0} | json.loads(line))
+            except (ValueError, TypeError, RecursionError):
+                continue
+        return lines
 
     def log(self, **line):
         with open(self.out / "log.jsonl", "a") as file:

@@ -85,6 +85,8 @@ def survives(file, right, wrong):
 
 
 if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        sys.exit(__doc__)
     alive = 0
     for what, *mutant in MUTANTS:
         lives = survives(*mutant)

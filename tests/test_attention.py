@@ -166,6 +166,16 @@ def test_rewind_forgets_and_continues_in_another_way(seed):
         mha.cache.rewind(7)
 
 
+def test_tensor_positions_have_one_start_or_one_per_row_and_rewind_stays_inside(seed):
+    x, mha = seed
+    with pytest.raises(ValueError, match=r"shape \(2,\)"):
+        mha(x[:, :1], True, torch.tensor([0, 0]))
+    mha(x[:, :3], True, torch.tensor(0))
+    for position in (-3, 9):
+        with pytest.raises(ValueError, match=f"position {position}: 8"):
+            mha.cache.rewind(position)
+
+
 def test_the_cache_may_be_filled_to_its_last_slot_and_no_further(seed):
     x, mha = seed
     mha(x, True, 0)

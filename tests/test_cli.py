@@ -113,6 +113,13 @@ BAD_GENERATE = {  # arguments: what the line on stderr must name
     f"{GPT} --beams 4": "--beams 4",
     f"{GPT} --beams 0": "--beams 0",
     f"{GPT} --compare --temperature 1": "--temperature",
+    f"{GPT} --compare --top-k 5": "--top-k 5",
+    f"{GPT} --top-k 5": "set --temperature",
+    f"{GPT} --trace --compare": "--trace",
+    f"{GPT} --trace --report {{tmp}}/page.html": "--trace",
+    f"{GPT} --report {{tmp}}/page.html --num-samples 2": "--num-samples 2",
+    f"{GPT} --compare --stats": "--stats",
+    f"{GPT} --report {{tmp}}/nowhere/page.html": "cannot write",
     f"{GPT} --trace --num-samples 2": "--num-samples",
     f"{GPT} --report {{tmp}}/folder": "folder",
     f"{GPT} --report {{tmp}}/none/report.html": "report.html",
@@ -358,7 +365,7 @@ def published(tiny_bart, tmp_path):
 @pytest.mark.parametrize("lines", [
     {"num_beams": 4, "length_penalty": 2.0}, {"num_beams": "four"}, {"num_beams": [4] * 1000}, {"repetition_penalty": 1.2},
     {"bad_words_ids": [[n] for n in range(1000)]}, {"min_length": -1}, {"max_length": 1.5}, {"no_repeat_ngram_size": "x"},
-    {"forced_eos_token_id": [2]}, {"forced_bos_token_id": 10**6}, {"decoder_start_token_id": 10**6}], ids=str)
+    {"forced_eos_token_id": [2]}, {"eos_token_id": [2, 5]}, {"stop_strings": ["x"]}, {"typical_p": 0.9}, {"forced_bos_token_id": 10**6}, {"decoder_start_token_id": 10**6}], ids=str)
 def test_what_cannot_be_honoured_is_refused_by_name(published, lines):
     outcome = published(**lines)
     assert_refused(outcome)

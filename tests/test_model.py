@@ -1,6 +1,7 @@
 """GPT and BART: however a text is cut into calls, the logits are those of one uncached pass."""
 
 import copy
+import pickle
 import random
 
 import pytest
@@ -174,7 +175,36 @@ def test_a_new_source_never_meets_an_old_cache(bart):
     assert (bart.decode(target, A[:, :4], use_kv_cache=True) - bart.decode(target, A[:, :4])).abs().max() < 1e-10
 
 
+def test_a_new_source_that_fails_half_way_is_mixed_with_nothing(bart):
+    A, B = (bart.encode(torch.randint(13, (2, 7))) for _ in range(2))
+    target = torch.randint(13, (2, 5))
+    bart.decode(target, A, use_kv_cache=True)
+    handle = bart.decoder[1].attn.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        bart.decode(target, B, use_kv_cache=True)
+    handle.remove()
+    assert (bart.decode(target, None, use_kv_cache=True) - bart.decode(target, A)).abs().max() < 1e-10
+
+
+def test_a_memory_that_was_changed_in_place_is_another_memory(bart):
+    A, target = bart.encode(torch.randint(13, (2, 7))).detach(), torch.randint(13, (2, 5))
+    bart.decode(target[:, :3], A, use_kv_cache=True)
+    A.mul_(2)
+    with pytest.raises(ValueError, match="not the stored one"):
+        bart.decode(target[:, 3:], A, use_kv_cache=True, start_pos=3)
+
+
+def test_lengths_that_are_not_the_stored_ones_are_refused_also_without_a_memory(bart):
+    A, target = bart.encode(torch.randint(13, (2, 7))), torch.randint(13, (2, 5))
+    bart.decode(target[:, :3], A, use_kv_cache=True)
+    with pytest.raises(ValueError, match="not the stored one"):
+        bart.decode(target[:, 3:], None, torch.tensor([7, 3]), use_kv_cache=True, start_pos=3)
+
+
 def test_source_lengths_outside_the_source_are_refused(bart):
+    for lengths in ([0, 3], [4, 8]):
+        with pytest.raises(ValueError, match="between 1 and the width 7"):
+            bart.decode(torch.randint(13, (2, 2)), torch.zeros(2, 7, 16, dtype=torch.float64), torch.tensor(lengths))
     for lengths in ([0, 3], [4, 8]):
         with pytest.raises(ValueError, match="between 1 and the width 7"):
             bart.encode(torch.randint(13, (2, 7)), torch.tensor(lengths))
@@ -199,6 +229,7 @@ def test_a_model_with_caches_can_be_copied_and_its_state_is_its_parameters(gpt, 
     bart.decode(torch.randint(13, (2, 6)), bart.encode(torch.randint(13, (2, 6))), use_kv_cache=True)
     for model in (gpt, bart):
         copy.deepcopy(model)
+        pickle.dumps(model)
         assert list(model.state_dict()) == [name for name, _ in model.named_parameters(remove_duplicate=False)]
 
 

@@ -4,7 +4,6 @@ import base64
 import json
 import re
 import shutil
-import struct
 import subprocess
 import urllib.request
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from cost import attention_weights, compare, matrix
 from generate import generate, strategies, stream
 from model import BART, GPT, BARTConfig, GPTConfig
 from plumbing.errors import UserError
-from plumbing.report import check_size, symbol, write_report
+from plumbing.report import check_path, check_size, symbol, write_report
 from plumbing.utils import set_seed
 
 NASTY = ["</script><script>throw 1</script>", "<b>", "\n", "{{data}}", "&amp;", "\u2028", "\\", '"', " Größe", "😀"]
@@ -46,14 +45,23 @@ def data(path):
     return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)[1])
 
 
-def test_the_page_holds_the_weights_to_four_decimals(tmp_path):
+def test_the_page_holds_the_weights_to_a_millionth(tmp_path):
     weights, _ = page(tmp_path / "report.html")
     stored = data(tmp_path / "report.html")
     for kind, layers in weights.items():
         for layer, text in zip(layers, stored["weights"][kind], strict=True):
-            numbers = struct.unpack(f"<{layer.numel()}H", base64.b64decode(text))
-            found = torch.tensor(numbers).view(stored["shapes"][kind]) / stored["scale"]
-            torch.testing.assert_close(found, layer, rtol=0, atol=0.00005001)
+            raw = base64.b64decode(text)
+            numbers = [int.from_bytes(raw[i : i + 3], "little") for i in range(0, len(raw), 3)]
+            found = torch.tensor(numbers, dtype=torch.float64).view(stored["shapes"][kind]) / stored["scale"]
+            torch.testing.assert_close(found, layer.double(), rtol=0, atol=1e-6)
+            torch.testing.assert_close(found.sum(-1), torch.ones(found.shape[:-1], dtype=torch.float64), rtol=0, atol=1e-6)
+
+
+def test_a_page_that_cannot_be_written_is_refused_before_the_work(tmp_path):
+    for path in (tmp_path, tmp_path / "nowhere" / "page.html"):
+        with pytest.raises(UserError, match="cannot write"):
+            check_path(path)
+    check_path(tmp_path / "page.html")
 
 
 def test_no_token_can_end_the_script_and_nothing_is_fetched(tmp_path):

@@ -199,6 +199,14 @@ def test_a_finished_run_resumed_is_as_it_was(tmp_path):
     assert before == (sha256(tmp_path / "out", 2), log(tmp_path / "out"))
 
 
+def test_a_run_is_not_resumed_with_other_batches(tmp_path):
+    train_run(tmp_path, GPT_TOML, "--train.steps=2")
+    for change in ("--train.accumulation=7", "--train.batch_size=5", "--train.seed=99"):
+        outcome = call(train.main, tmp_path / "config.toml", f"--train.out_dir={tmp_path / 'out'}", "--train.steps=3",
+                       "--train.resume=true", change)
+        assert outcome.code == 2 and change[2:].split("=")[0] in outcome.err
+
+
 def test_resuming_where_there_is_nothing_starts_anew(tmp_path):
     train_run(tmp_path, GPT_TOML, "--train.steps=1", "--train.resume=true")
     assert load_checkpoint(tmp_path / "out").step == 1
@@ -274,16 +282,16 @@ def test_a_second_control_c_stops_at_once(tmp_path, monkeypatch):
 
 def test_a_killed_run_loads_and_is_never_behind_what_it_announced(tmp_path):
     """kill -9 at random moments of a run that saves at every step. MINDECODE_KILLS=50 for a longer look."""
-    train_run(tmp_path, GPT_TOML, "--train.steps=1", "--train.log_every=1")
+    train_run(tmp_path, GPT_TOML, "--train.steps=1", "--train.log_every=1", "--train.batch_size=1", "--model.n_layer=2")
     rng, out, least = random.Random(0), tmp_path / "out", 1
     for _ in range(KILLS):
         process = shell("train.py", tmp_path / "config.toml", f"--train.out_dir={out}", "--train.resume=true",
                         "--train.steps=1000000", "--train.eval_every=1", "--train.eval_batches=1", "--train.log_every=1",
                         "--model.n_layer=2", "--train.batch_size=1")
-        process.stdout.readline()  # it is about to start: the model is there
+        said = str(process.stdout.readline()) + str(process.stdout.readline())  # what it trains; its first save
         time.sleep(rng.uniform(0, 0.4))
         process.kill()
-        announced = [int(n) for n in re.findall(r"step (\d+): saved", finish(process).out)]
+        announced = [int(n) for n in re.findall(r"step (\d+): saved", said + finish(process).out)]
         checkpoint = load_checkpoint(out)
         assert checkpoint.step >= max(announced, default=least)
         least = checkpoint.step
