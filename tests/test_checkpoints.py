@@ -24,15 +24,6 @@ KILLS = int(os.environ.get("KILLS", 15))
 TINY = dict(n_head=2, n_embd=8, vocab_size=11, block_size=8, embd_pdrop=0.2, attn_pdrop=0.2, resid_pdrop=0.2)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Models this small only lose by sharing their work out, most of all on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def build(cls=GPT, seed=0):
     """A model and its optimizers, Muon for the matrices of its layers, from a seed."""
     torch.manual_seed(seed)
