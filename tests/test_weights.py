@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import plumbing.tensors as tensors
 import plumbing.weights as weights
 from generate import generate
 from model import BART, GPT
@@ -266,7 +267,7 @@ def test_loaded_parameters_can_be_trained_and_do_not_depend_on_the_file(tiny):
 def test_a_file_can_be_read_in_pieces_of_any_size_and_into_any_type(piece, tmp_path, monkeypatch):
     theirs("bart", 0).save_pretrained(tmp_path)
     whole = load_pretrained(tmp_path)[0].state_dict()
-    monkeypatch.setattr(weights, "PIECE", piece)
+    monkeypatch.setattr(tensors, "PIECE", piece)
     for dtype in (*DTYPES, torch.float64):
         model, _ = load_pretrained(tmp_path, dtype)
         assert all(torch.equal(x, whole[name].to(dtype)) for name, x in model.state_dict().items())
