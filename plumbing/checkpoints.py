@@ -29,7 +29,7 @@ class Checkpoint:
     path: Path
     step: int
     extra: dict       # what save_checkpoint was given
-    optimizers: list  # their groups and scalars, by parameter name
+    optimizers: list  # of each the groups: which parameters are in them, and their options
 
     def restore(self, model, optimizers=()):
         """
@@ -43,13 +43,14 @@ class Checkpoint:
             reason = " ".join(str(error).split())[:160]
             raise UserError(f"{self.path} is of another model than this one ({reason}); use its config") from None
         tensors = load_file(self.path / "training.safetensors")
-        if len(optimizers) != len(self.optimizers):
-            raise UserError(f"{self.path} has {len(self.optimizers)} optimizers, not {len(optimizers)}; use its "
-                            f"configuration")
+        named = [[sorted(members(model, group)) for group in optimizer.param_groups] for optimizer in optimizers]
+        if named != [[sorted(group["params"]) for group in groups] for groups in self.optimizers]:
+            raise UserError(f"{self.path} has other parameters in its {len(self.optimizers)} optimizers than this run; "
+                            f"use its configuration")
         for i, (optimizer, groups) in enumerate(zip(optimizers, self.optimizers)):
             prefix = f"optimizer.{i}."
-            unpack(optimizer, groups, {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)},
-                   names_of(model), self.path)
+            unpack(model, optimizer, groups,
+                   {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)})
         torch.set_rng_state(tensors["rng.cpu"])
         for i in range(torch.cuda.device_count()):
             if f"rng.cuda.{i}" in tensors:
@@ -74,9 +75,9 @@ def save_checkpoint(run_dir, step, model, tokenizer, optimizers, extra, keep=2):
         if torch.cuda.is_initialized():
             tensors |= {f"rng.cuda.{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
         for i, optimizer in enumerate(optimizers):
-            states, scalars = pack(optimizer, names_of(model))
-            tensors |= {f"optimizer.{i}.{name}": x for name, x in states.items()}
-            groups.append(scalars)
+            state, options = pack(model, optimizer)
+            tensors |= {f"optimizer.{i}.{name}": x for name, x in state.items()}
+            groups.append(options)
         save_file(tensors, temporary / "training.safetensors")
         write_json(temporary / "training.json", {"step": step, "extra": extra, "optimizers": groups})
         write_json(temporary / MANIFEST, describe(temporary))
@@ -126,48 +127,39 @@ def load_checkpoint(run_dir):
 
 
 # -----------------------------------------------------------------------------
-# Optimizers, keyed by the names of parameters: an index would change its meaning with the order of the groups
+# Optimizers, by the names of parameters: an index would change its meaning with the order of the groups. The functions
+# are torch's; they are imported where they are used because that takes half a second.
 
 
-def names_of(model):
-    return {p: name for name, p in model.named_parameters()}
+def members(model, group):
+    names = {p: name for name, p in model.named_parameters()}
+    return [names[p] for p in group["params"]]
 
 
-def pack(optimizer, names):
-    """(tensors, groups) of any torch optimizer: {"name:key": tensor}, and its hyperparameters and scalars for JSON."""
-    plain = lambda x: x.item() if isinstance(x, torch.Tensor) else x
-    tensors, groups = {}, []
-    for group in optimizer.param_groups:
-        options = {key: plain(value) for key, value in group.items() if key != "params"}
-        groups.append({"params": [names[p] for p in group["params"]], "options": options, "scalars": {}})
-        for p in group["params"]:
-            for key, value in optimizer.state.get(p, {}).items():
-                if isinstance(value, torch.Tensor):
-                    tensors[f"{names[p]}:{key}"] = value.detach().cpu().contiguous()
-                else:
-                    groups[-1]["scalars"].setdefault(names[p], {})[key] = value
-    return tensors, groups
+def pack(model, optimizer):
+    """(tensors, groups) of an optimizer whose state is tensors: {"name:key": tensor}, and its options for JSON."""
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+    new = not optimizer.state
+    named = get_optimizer_state_dict(model, optimizer)
+    if new:  # torch has made it take a step of zeros to see what its state will be
+        optimizer.state.clear()
+        named["state"] = {}
+    tensors = {f"{name}:{key}": x.cpu().contiguous() for name, kept in named["state"].items() for key, x in kept.items()}
+    return tensors, [{"params": group.pop("params"), "options": group} for group in named["param_groups"]]
 
 
-def unpack(optimizer, groups, tensors, names, path):
-    """The reverse of pack, into a live optimizer. Raises UserError if it holds other parameters."""
-    live = [[names[p] for p in group["params"]] for group in optimizer.param_groups]
-    if [sorted(group) for group in live] != [sorted(group["params"]) for group in groups]:
-        raise UserError(f"{path} has other parameters in its optimizer than this run; use its configuration")
-    states = {name: dict(scalars) for group in groups for name, scalars in group["scalars"].items()}
-    params = {name: p for p, name in names.items()}
-    for name, value in tensors.items():
+def unpack(model, optimizer, groups, tensors):
+    """The reverse of pack, into a live optimizer."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
+    params, state = dict(model.named_parameters()), {}
+    for name, x in tensors.items():
         name, key = name.split(":")
-        like = torch.empty_like(params[name], dtype=value.dtype, device="cpu") if value.ndim else value.clone()
-        states.setdefault(name, {})[key] = like.copy_(value)  # in memory of its own, laid out as the parameter
-    state_dict = optimizer.state_dict()
-    order = {i: name for group, members in zip(state_dict["param_groups"], live)
-             for i, name in zip(group["params"], members)}
-    state_dict["state"] = {i: states[name] for i, name in order.items() if name in states}
-    for group, saved in zip(state_dict["param_groups"], groups):
-        for key, value in saved["options"].items():  # JSON knows no tuples
-            group[key] = tuple(value) if isinstance(value, list) else value
-    optimizer.load_state_dict(state_dict)
+        like = torch.empty_like(params[name], dtype=x.dtype, device="cpu") if x.ndim else x.clone()
+        state.setdefault(name, {})[key] = like.copy_(x)  # in memory of its own, laid out as the parameter
+    groups = [{"params": group["params"]} | {key: tuple(value) if isinstance(value, list) else value  # as JSON has it
+              for key, value in group["options"].items()} for group in groups]
+    set_optimizer_state_dict(model, optimizer, {"state": state, "param_groups": groups},
+                             options=StateDictOptions(strict=False))  # what never had a gradient has no state
 
 
 # -----------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -11,13 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch.nn import functional as F
 
 import plumbing.checkpoints as checkpoints
 from model import BART, GPT
 from plumbing.checkpoints import load_checkpoint, save_checkpoint
 from plumbing.errors import UserError
-from plumbing.weights import load_pretrained
+from plumbing.weights import load_pretrained, save_pretrained
 
 ROOT = Path(__file__).parent.parent
 KILLS = int(os.environ.get("KILLS", 15))
@@ -83,7 +85,7 @@ def flip(path):
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize("cut", [1, 4, 8])
+@pytest.mark.parametrize("cut", [0, 1, 4, 8])
 @pytest.mark.parametrize("cls", [GPT, BART])
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(cls, cut, tmp_path):
     model, optimizers = build(cls)
@@ -104,6 +106,75 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(cls, cut, tmp_pat
     shutil.rmtree(tmp_path)  # nothing lives on in the files
     train(model, optimizers, range(cut, 9))
     assert digest(model, optimizers) == whole
+
+
+def save_as_before(run_dir, step, model, optimizers):
+    """A checkpoint as the first version of this file laid it out, written without any of today's functions for it."""
+    path, names = run_dir / f"step-{step:08d}", {p: name for name, p in model.named_parameters()}
+    save_pretrained(path, model)
+    tensors, saved = {"rng.cpu": torch.get_rng_state()}, []
+    for i, optimizer in enumerate(optimizers):
+        saved.append([])
+        for group in optimizer.param_groups:
+            options = {key: value for key, value in group.items() if key != "params"}
+            saved[-1].append({"params": [names[p] for p in group["params"]], "options": options, "scalars": {}})
+            tensors |= {f"optimizer.{i}.{names[p]}:{key}": x.contiguous() for p in group["params"]
+                        for key, x in optimizer.state[p].items()}
+    save_file(tensors, path / "training.safetensors")
+    (path / "training.json").write_text(json.dumps({"step": step, "extra": {"data": "x"}, "optimizers": saved}, indent=1) + "\n")
+    facts = {file.name: {"size": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+             for file in path.iterdir()}
+    (path / "manifest.json").write_text(json.dumps({"files": facts}, indent=1) + "\n")
+
+
+@pytest.mark.parametrize("cls", [GPT, BART])
+def test_a_run_of_before_goes_on(cls, tmp_path):
+    model, optimizers = build(cls)
+    train(model, optimizers, range(4))
+    save_as_before(tmp_path, 4, model, optimizers)
+    train(model, optimizers, range(4, 9))
+    whole = digest(model, optimizers)
+    model, optimizers = build(cls, seed=99)
+    checkpoint = load_checkpoint(tmp_path)
+    checkpoint.restore(model, optimizers)
+    assert (checkpoint.step, checkpoint.extra) == (4, {"data": "x"})
+    train(model, optimizers, range(4, 9))
+    assert digest(model, optimizers) == whole
+
+
+def test_the_state_of_an_optimizer_is_laid_out_as_its_parameter(tmp_path):
+    """GPT-2's matrices are transposed views: a state laid out otherwise would make every step slower."""
+    model, optimizers = build()
+    train(model, optimizers, range(2))
+    save_checkpoint(tmp_path, 2, model, None, optimizers, {})
+    model, _ = load_pretrained(tmp_path)
+    assert not model.h[0].attn.c_attn.weight.is_contiguous()
+    named = dict(model.named_parameters())
+    matrices = [p for name, p in named.items() if p.ndim == 2 and (".attn." in name or ".mlp." in name)]
+    rest = [p for name, p in named.items() if ".attn." not in name and ".mlp." not in name or p.ndim < 2]
+    optimizers = [torch.optim.Muon(matrices), torch.optim.AdamW([{"params": [p for p in rest if p.ndim == 2]},
+                                                                 {"params": [p for p in rest if p.ndim < 2]}])]
+    load_checkpoint(tmp_path).restore(model, optimizers)
+    for optimizer in optimizers:
+        for p, state in optimizer.state.items():
+            assert state and all(x.stride() == p.stride() for x in state.values() if x.ndim)
+
+
+def test_a_parameter_that_never_had_a_gradient_is_no_obstacle(tmp_path):
+    def spare():
+        model, optimizers = build()
+        model.spare = torch.nn.Parameter(torch.ones(3))
+        optimizers[1].param_groups[1]["params"].append(model.spare)
+        return model, optimizers
+
+    model, optimizers = spare()
+    train(model, optimizers, range(2))
+    tensors, groups = zip(*(checkpoints.pack(model, optimizer) for optimizer in optimizers))
+    again, others = spare()
+    for optimizer, saved, options in zip(others, tensors, groups):
+        checkpoints.unpack(again, optimizer, options, saved)
+    again.load_state_dict(model.state_dict())
+    assert digest(again, others) == digest(model, optimizers) and not others[1].state[again.spare]
 
 
 def test_without_the_random_state_or_the_optimizer_a_resumed_run_would_differ(tmp_path):
