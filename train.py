@@ -15,13 +15,11 @@ never overwritten.
 import math
 import sys
 import time
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 
 import torch
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from model import BART, GPT
 from plumbing import config as configs
@@ -78,6 +76,12 @@ def lr_at(step, config):
         return config.lr * (step + 1) / config.warmup_steps
     done = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
     return config.min_lr + (config.lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+def set_lr(optimizers, lr):
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
 
 
 def make_optimizers(model, config):
@@ -158,57 +162,60 @@ def update(model, optimizers, batches, config, autocast, loss_sum=loss_sum):
 def train(model_values, data_config, config):
     """Train as configured, anew or from the newest checkpoint in out_dir. Returns the last held-out loss, in nats."""
     device = pick_device(config.device)
+    dtype = config.dtype if config.dtype != "auto" else "bfloat16" if device.startswith("cuda") else "float32"
+    config = replace(config, device=device, dtype=dtype)
+    this_run, data, model, optimizers = set_up(model_values, data_config, config)
+    loop(this_run, data, model, optimizers, config)
+    this_run.plot()
+    return this_run.val_loss
+
+
+def set_up(model_values, data_config, config):
+    """The run, its data, its model and optimizers, new or as they were at the newest checkpoint."""
     this_run = Run(config.out_dir, config.resume)
     set_seed(config.seed)
-    data, tokenizer = load_data(data_config, seq2seq=model_class(model_values) is BART, tokenizer=this_run.tokenizer)
-    model_config = read_model_config(model_values, tokenizer)
-    check_memory("training this model", model_config, 16, device)  # a weight, its gradient and AdamW's two averages
-
-    def batch_at(i):
-        return to(device, data.batch_at(i, batch_size=config.batch_size, block_size=model_config.block_size))
-
-    def val_batches():
-        return islice(data.val_batches(config.batch_size, model_config.block_size), config.eval_batches)
-
-    batch_at(0), next(val_batches())  # a text that does not fit is found out before anything is written
-    model = model_class(model_values)(model_config).to(device)
+    cls = model_class(model_values)
+    data, this_run.tokenizer = load_data(data_config, seq2seq=cls is BART, tokenizer=this_run.tokenizer)
+    model_config = read_model_config(model_values, this_run.tokenizer)
+    check_memory("training this model", model_config, 16, config.device)  # a weight, its gradient, AdamW's two averages
+    shape = {"batch_size": config.batch_size, "block_size": model_config.block_size}
+    data.batch_at(0, **shape), next(data.val_batches(**shape))  # a text that does not fit is found out before we write
+    model = cls(model_config).to(config.device)
     optimizers = make_optimizers(model, config)
-    val_loss = this_run.restore(model, optimizers, {"model": asdict(model.config), "data": asdict(data_config),
-                                                    "text": data.identity(), "train": asdict(config)})
-    dtype = config.dtype if config.dtype != "auto" else "bfloat16" if device.startswith("cuda") else "float32"
-    autocast = torch.autocast(device.split(":")[0], torch.bfloat16) if dtype == "bfloat16" else nullcontext()
-    compute = torch.compile(loss_sum) if config.compile else loss_sum  # with the loss: its logits are what is large
-    print(f"{model.count_parameters():,} parameters, {tokenizer.n_vocab:,} tokens in the vocabulary, "
-          f"on {device} in {dtype}")
+    this_run.restore(model, optimizers, {"model": asdict(model.config), "data": asdict(data_config),
+                                         "text": data.identity(), "train": asdict(config)})
+    print(f"{model.count_parameters():,} parameters, {this_run.tokenizer.n_vocab:,} tokens in the vocabulary, "
+          f"on {config.device} in {config.dtype}")
     if this_run.step >= config.steps:
         print(f"the run in {config.out_dir} is at step {this_run.step} already: raise --train.steps to go on")
-    bar = tqdm(total=config.steps, initial=this_run.step, unit="step", dynamic_ncols=True,
-               mininterval=0.5 if sys.stderr.isatty() else 15)
-    model.train()
-    with bar, this_run.stoppable():
-        for step in range(this_run.step + 1, config.steps + 1):
-            started = time.perf_counter()
-            for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-                group["lr"] = lr_at(step - 1, config)
-            batches = [batch_at((step - 1) * config.accumulation + i) for i in range(config.accumulation)]
-            loss, norm, tokens = update(model, optimizers, batches, config, autocast, compute)
+    return this_run, data, model, optimizers
 
+
+def loop(this_run, data, model, optimizers, config):
+    """The steps that are left, with a look at the held-out data and a checkpoint every eval_every of them."""
+    autocast = torch.autocast(config.device.split(":")[0], torch.bfloat16, enabled=config.dtype == "bfloat16")
+    compute = torch.compile(loss_sum) if config.compile else loss_sum  # with the loss: its logits are what is large
+    shape = {"batch_size": config.batch_size, "block_size": model.config.block_size}
+    model.train()
+    with this_run.stoppable():
+        for step in this_run.steps(config.steps):
+            started, lr = time.perf_counter(), lr_at(step - 1, config)
+            set_lr(optimizers, lr)
+            micro = range((step - 1) * config.accumulation, step * config.accumulation)
+            batches = [to(config.device, data.batch_at(i, **shape)) for i in micro]
+            loss, norm, tokens = update(model, optimizers, batches, config, autocast, compute)
             speed = tokens / (time.perf_counter() - started)
-            bar.set_postfix(loss=f"{loss:.3f}", tokens_per_s=f"{speed:,.0f}", refresh=False)
-            bar.update()
+            this_run.bar.set_postfix(loss=f"{loss:.3f}", tokens_per_s=f"{speed:,.0f}", refresh=False)
             if step % config.log_every == 0:
-                this_run.log(step=step, loss=loss, lr=lr_at(step - 1, config), grad_norm=norm, tokens_per_second=speed)
+                this_run.log(step, loss=loss, lr=lr, grad_norm=norm, tokens_per_second=speed)
             if step % config.eval_every == 0 or step == config.steps:
-                val_loss, exact = evaluate(model, val_batches(), device, autocast, compute)
-                this_run.log(step=step, val_loss=val_loss, nats_per_character=val_loss / data.chars_per_token,
-                             exact_match=exact)
-                this_run.save(step, model, tokenizer, optimizers, val_loss)
+                held_out = islice(data.val_batches(**shape), config.eval_batches)
+                val_loss, exact = evaluate(model, held_out, config.device, autocast, compute)
+                per_character = val_loss / data.chars_per_token
+                this_run.log(step, val_loss=val_loss, nats_per_character=per_character, exact_match=exact)
+                this_run.save(step, model, optimizers, val_loss)
             elif this_run.stop:
-                this_run.save(step, model, tokenizer, optimizers)
-            if this_run.stop:
-                raise KeyboardInterrupt
-    this_run.plot()
-    return val_loss
+                this_run.save(step, model, optimizers)
 
 
 def main(args=None):

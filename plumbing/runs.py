@@ -18,12 +18,12 @@ RESUMABLE = {"model": None, "data": None, "text": None, "train": ("seed", "batch
 
 class Run:
     """
-    The run in a directory. step: where its newest checkpoint stands, 0 for a new run; tokenizer: the checkpoint's.
-    Raises UserError if there is a run and `resume` was not asked for: a run is never overwritten.
+    The run in a directory. step and val_loss: where its newest checkpoint stands, 0 and None for a new run; tokenizer:
+    the checkpoint's. Raises UserError if there is a run and `resume` was not asked for: a run is never overwritten.
     """
 
     def __init__(self, out_dir, resume):
-        self.out, self.stop = Path(out_dir), False
+        self.out, self.stop, self.val_loss = Path(out_dir), False, None
         self.checkpoint = load_checkpoint(self.out)
         self.step = self.checkpoint.step if self.checkpoint else 0
         if self.checkpoint and not resume:
@@ -34,7 +34,7 @@ class Run:
     def restore(self, model, optimizers, described):
         """
         Make everything what it was at the checkpoint, if there is one, and forget what was logged after it.
-        described: the settings as dicts, saved with every checkpoint. Returns the checkpoint's held-out loss or None.
+        described: the settings as dicts, saved with every checkpoint.
         """
         self.described = described
         was = self.checkpoint.extra if self.checkpoint else described
@@ -46,8 +46,8 @@ class Run:
                                     f"resume it with what it had")
         if self.checkpoint:
             self.checkpoint.restore(model, optimizers)
+            self.val_loss = was.get("val_loss")
         self.rewind_log()
-        return was.get("val_loss")
 
     def rewind_log(self):
         """Keep of log.jsonl what happened up to the checkpoint; the rest will happen again."""
@@ -70,15 +70,26 @@ class Run:
                 continue
         return lines
 
-    def log(self, **line):
+    def log(self, step, **numbers):
         with open(self.out / "log.jsonl", "a") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps({"step": step} | numbers) + "\n")
 
-    def save(self, step, model, tokenizer, optimizers, val_loss=None):
+    def save(self, step, model, optimizers, val_loss=None):
         """Save a checkpoint and only then say so."""
-        path = save_checkpoint(self.out, step, model, tokenizer, optimizers, self.described | {"val_loss": val_loss})
+        self.val_loss = val_loss
+        path = save_checkpoint(self.out, step, model, self.tokenizer, optimizers, self.described | {"val_loss": val_loss})
         tqdm.write(f"step {step}: saved {path}" + ("" if val_loss is None else f", held-out loss {val_loss:.4f}"))
         sys.stdout.flush()
+
+    def steps(self, last):
+        """The numbers of the steps that are left, counted by self.bar; after a Ctrl-C the next one is not begun."""
+        with tqdm(total=last, initial=self.step, unit="step", dynamic_ncols=True,
+                  mininterval=0.5 if sys.stderr.isatty() else 15) as self.bar:
+            for step in range(self.step + 1, last + 1):
+                yield step
+                self.bar.update()
+                if self.stop:
+                    raise KeyboardInterrupt
 
     @contextmanager
     def stoppable(self):
