@@ -44,19 +44,25 @@ def read(path, overrides, sections):
 def build(cls, values, section, **defaults):
     """An instance of the dataclass with these values, their names and types checked, and validated."""
     types = {field.name: field.type for field in fields(cls)}
-    for key, value in values.items():
+    for key in values:
         known(key, types, f"key of [{section}]")
-        allowed = get_args(types[key]) if isinstance(types[key], UnionType) else (types[key],)
-        if isinstance(value, int) and abs(value) >= 2**63:
-            raise UserError(f"{section}.{key} is a number of {value.bit_length()} bits: it must be less than 2**63")
-        if type(value) is int and float in allowed and int not in allowed:
-            values = values | {key: float(value)}
-        elif type(value) not in allowed:
-            names = " or ".join(t.__name__ for t in allowed if t is not type(None))
-            raise UserError(f"{section}.{key} is {value!r:.60}: it must be of type {names}")
+    values = {key: checked(f"{section}.{key}", value, types[key]) for key, value in values.items()}
     config = cls(**(defaults | values))
     config.validate()
     return config
+
+
+def checked(name, value, kind, limit=2**63):
+    """The value, if a field of this type may hold it; a whole number does for a float. Raises UserError otherwise."""
+    allowed = get_args(kind) if isinstance(kind, UnionType) else (kind,)
+    if isinstance(value, int | float) and not abs(value) < limit:  # nor is a NaN
+        raise UserError(f"{name} is {value!a:.60}: it must be a number below 2**{limit.bit_length() - 1}")
+    if type(value) is int and float in allowed and int not in allowed:
+        value = float(value)
+    if type(value) not in allowed:
+        names = " or ".join(t.__name__ for t in allowed if t is not type(None))
+        raise UserError(f"{name} is {value!a:.60}: it must be of type {names}")
+    return value
 
 
 def known(name, names, what):

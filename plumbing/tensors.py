@@ -64,9 +64,7 @@ def read_tensor(parts, dtype, device):
     be replaced. Each piece is looked at while it is still in the processor's cache, where that costs next to nothing,
     and nothing larger than a piece is ever held twice. Raises UserError on a number that is not finite in this dtype.
     """
-    rows = sum(part.shape[0] for part in parts)
-    x = torch.empty((rows, *parts[0].shape[1:]), dtype=dtype, device=device)
-    left = x.view(-1)
+    x = left = torch.empty(sum(math.prod(part.shape) for part in parts), dtype=dtype, device=device)
     for part in parts:
         stored = DTYPES[part.dtype]
         direct = stored == dtype and x.device.type == "cpu"
@@ -84,4 +82,4 @@ def read_tensor(parts, dtype, device):
                 if not direct:
                     piece.copy_(raw)
         left = left[math.prod(part.shape):]
-    return x
+    return x.view(-1, *parts[0].shape[1:]) if parts[0].shape else x[0]

@@ -2,13 +2,12 @@
 Models in and out of Hugging Face directories: config.json, model.safetensors and the tokenizer's files.
 
 There is one format. GPT-2 and BART are written in their published names and layouts, so that other tools open them as
-they are; everything in which those differ from model.py is in the tables below and nowhere else. A variant that they
-cannot express gets a model_type of our own. Files are strangers': headers are read and compared with config.json
-before anything is allocated, and nothing is ever unpickled.
+they are; everything in which those differ from model.py is in the tables below and nowhere else. A model that they
+cannot express, because somebody has changed it, gets a model_type of our own. Files are strangers': headers are read
+and compared with config.json before anything is allocated, and nothing is ever unpickled.
 """
 
 import json
-import math
 import os
 import re
 from collections import namedtuple
@@ -22,6 +21,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from model import BART, GPT
+from plumbing import config as configs
 from plumbing.errors import UserError
 from plumbing.files import read_json
 from plumbing.manifests import MANIFEST, newest, verify
@@ -30,7 +30,9 @@ from plumbing.tokenizers import load_tokenizer
 
 # -----------------------------------------------------------------------------
 # The tables: ours -> theirs. A line without .weight or .bias stands for both, * for a layer's number, and {q,k,v} for
-# several tensors that are one of ours, stacked. Each line says how a tensor gets from their layout to ours and back.
+# several tensors that are one of ours, stacked. Each line says how a tensor gets from their layout to ours and back,
+# and the shape of ours (a bias has the first of its numbers): V ids, P positions, C and I the model's and the inner
+# width, KV keys and values, QKV the queries as well.
 
 How = namedtuple("How", "load save")
 SAME = How(lambda x: x, lambda x: x)
@@ -39,42 +41,42 @@ SHIFTED = How(lambda x: x[2:], lambda x: F.pad(x, (0, 0, 2, 0)))  # two rows in 
 ROW = How(lambda x: x[0], lambda x: x[None])  # (1, V) there, (V,) here
 
 GPT_TABLE = {
-    "wte.weight":            ("transformer.wte.weight", SAME),
-    "wpe.weight":            ("transformer.wpe.weight", SAME),
-    "h.*.ln_1":              ("transformer.h.*.ln_1", SAME),
-    "h.*.attn.c_attn":       ("transformer.h.*.attn.c_attn", TRANSPOSED),
-    "h.*.attn.c_proj":       ("transformer.h.*.attn.c_proj", TRANSPOSED),
-    "h.*.ln_2":              ("transformer.h.*.ln_2", SAME),
-    "h.*.mlp.c_fc":          ("transformer.h.*.mlp.c_fc", TRANSPOSED),
-    "h.*.mlp.c_proj":        ("transformer.h.*.mlp.c_proj", TRANSPOSED),
-    "ln_f":                  ("transformer.ln_f", SAME),
-    "lm_head.weight":        ("lm_head.weight", SAME),
+    "wte.weight":             ("transformer.wte.weight", SAME, "V C"),
+    "wpe.weight":             ("transformer.wpe.weight", SAME, "P C"),
+    "h.*.ln_1":               ("transformer.h.*.ln_1", SAME, "C"),
+    "h.*.attn.c_attn":        ("transformer.h.*.attn.c_attn", TRANSPOSED, "QKV C"),
+    "h.*.attn.c_proj":        ("transformer.h.*.attn.c_proj", TRANSPOSED, "C C"),
+    "h.*.ln_2":               ("transformer.h.*.ln_2", SAME, "C"),
+    "h.*.mlp.c_fc":           ("transformer.h.*.mlp.c_fc", TRANSPOSED, "I C"),
+    "h.*.mlp.c_proj":         ("transformer.h.*.mlp.c_proj", TRANSPOSED, "C I"),
+    "ln_f":                   ("transformer.ln_f", SAME, "C"),
+    "lm_head.weight":         ("lm_head.weight", SAME, "V C"),
 }
 BART_TABLE = {
-    "wte.weight":            ("model.decoder.embed_tokens.weight", SAME),
-    "encoder_wte.weight":    ("model.encoder.embed_tokens.weight", SAME),
-    "encoder_wpe.weight":    ("model.encoder.embed_positions.weight", SHIFTED),
-    "encoder_ln":            ("model.encoder.layernorm_embedding", SAME),
-    "encoder.*.attn.c_attn": ("model.encoder.layers.*.self_attn.{q,k,v}_proj", SAME),
-    "encoder.*.attn.c_proj": ("model.encoder.layers.*.self_attn.out_proj", SAME),
-    "encoder.*.ln_1":        ("model.encoder.layers.*.self_attn_layer_norm", SAME),
-    "encoder.*.mlp.c_fc":    ("model.encoder.layers.*.fc1", SAME),
-    "encoder.*.mlp.c_proj":  ("model.encoder.layers.*.fc2", SAME),
-    "encoder.*.ln_2":        ("model.encoder.layers.*.final_layer_norm", SAME),
-    "decoder_wpe.weight":    ("model.decoder.embed_positions.weight", SHIFTED),
-    "decoder_ln":            ("model.decoder.layernorm_embedding", SAME),
-    "decoder.*.attn.c_attn": ("model.decoder.layers.*.self_attn.{q,k,v}_proj", SAME),
-    "decoder.*.attn.c_proj": ("model.decoder.layers.*.self_attn.out_proj", SAME),
-    "decoder.*.ln_1":        ("model.decoder.layers.*.self_attn_layer_norm", SAME),
-    "decoder.*.cross.c_q":   ("model.decoder.layers.*.encoder_attn.q_proj", SAME),
-    "decoder.*.cross.c_kv":  ("model.decoder.layers.*.encoder_attn.{k,v}_proj", SAME),
-    "decoder.*.cross.c_proj": ("model.decoder.layers.*.encoder_attn.out_proj", SAME),
-    "decoder.*.ln_cross":    ("model.decoder.layers.*.encoder_attn_layer_norm", SAME),
-    "decoder.*.mlp.c_fc":    ("model.decoder.layers.*.fc1", SAME),
-    "decoder.*.mlp.c_proj":  ("model.decoder.layers.*.fc2", SAME),
-    "decoder.*.ln_2":        ("model.decoder.layers.*.final_layer_norm", SAME),
-    "lm_head.weight":        ("lm_head.weight", SAME),
-    "lm_head.bias":          ("final_logits_bias", ROW),
+    "wte.weight":             ("model.decoder.embed_tokens.weight", SAME, "V C"),
+    "encoder_wte.weight":     ("model.encoder.embed_tokens.weight", SAME, "V C"),
+    "encoder_wpe.weight":     ("model.encoder.embed_positions.weight", SHIFTED, "P C"),
+    "encoder_ln":             ("model.encoder.layernorm_embedding", SAME, "C"),
+    "encoder.*.attn.c_attn":  ("model.encoder.layers.*.self_attn.{q,k,v}_proj", SAME, "QKV C"),
+    "encoder.*.attn.c_proj":  ("model.encoder.layers.*.self_attn.out_proj", SAME, "C C"),
+    "encoder.*.ln_1":         ("model.encoder.layers.*.self_attn_layer_norm", SAME, "C"),
+    "encoder.*.mlp.c_fc":     ("model.encoder.layers.*.fc1", SAME, "I C"),
+    "encoder.*.mlp.c_proj":   ("model.encoder.layers.*.fc2", SAME, "C I"),
+    "encoder.*.ln_2":         ("model.encoder.layers.*.final_layer_norm", SAME, "C"),
+    "decoder_wpe.weight":     ("model.decoder.embed_positions.weight", SHIFTED, "P C"),
+    "decoder_ln":             ("model.decoder.layernorm_embedding", SAME, "C"),
+    "decoder.*.attn.c_attn":  ("model.decoder.layers.*.self_attn.{q,k,v}_proj", SAME, "QKV C"),
+    "decoder.*.attn.c_proj":  ("model.decoder.layers.*.self_attn.out_proj", SAME, "C C"),
+    "decoder.*.ln_1":         ("model.decoder.layers.*.self_attn_layer_norm", SAME, "C"),
+    "decoder.*.cross.c_q":    ("model.decoder.layers.*.encoder_attn.q_proj", SAME, "C C"),
+    "decoder.*.cross.c_kv":   ("model.decoder.layers.*.encoder_attn.{k,v}_proj", SAME, "KV C"),
+    "decoder.*.cross.c_proj": ("model.decoder.layers.*.encoder_attn.out_proj", SAME, "C C"),
+    "decoder.*.ln_cross":     ("model.decoder.layers.*.encoder_attn_layer_norm", SAME, "C"),
+    "decoder.*.mlp.c_fc":     ("model.decoder.layers.*.fc1", SAME, "I C"),
+    "decoder.*.mlp.c_proj":   ("model.decoder.layers.*.fc2", SAME, "C I"),
+    "decoder.*.ln_2":         ("model.decoder.layers.*.final_layer_norm", SAME, "C"),
+    "lm_head.weight":         ("lm_head.weight", SAME, "V C"),
+    "lm_head.bias":           ("final_logits_bias", ROW, "V"),
 }
 TIED = ["encoder_wte.weight", "lm_head.weight"]  # where the config ties, these are wte.weight, stored as `shared`
 DEPTH = {"h": "n_layer", "encoder": "n_encoder_layer", "decoder": "n_decoder_layer"}  # how many layers a * counts
@@ -107,46 +109,93 @@ BART_SILENT = dict(n_kv_head=None, attn_pdrop=0.0, resid_pdrop=0.1, layer_norm_e
 BART_FIXED = dict(activation_function=("gelu",), normalize_before=(False,), add_final_layer_norm=(False,),
                   normalize_embedding=(True,), is_encoder_decoder=(True,))
 
+# What makes a model our own type: a field of its configuration that says something else than this, or that stands
+# neither here nor among their names above; a part of this name that is something else than this; being a subclass;
+# a tensor that the table has not, or has in another shape, and one that it has and the model has not.
+GPT_SAYS = {"n_kv_head": lambda config: config.n_kv_head in (None, config.n_head)}
+BART_SAYS = GPT_SAYS | {"layer_norm_eps": lambda config: config.layer_norm_eps == 1e-5}
+PATTERNS = ("Causal(", "Everything(")  # how each of their attentions prints itself
+GPT_PARTS = {"act": ("GELU(approximate='tanh')",), "pattern": PATTERNS}
+BART_PARTS = {"act": ("GELU(approximate='none')",), "pattern": PATTERNS}
+NEUTRAL = {"max_batch_size"}  # fields of how we decode, not of what the model is: never in a file
+
 # `prefix` is what their keys start with, unless they were saved from the model without its head; `shared` is the name
 # of an embedding that is tied. Untied, BART's is still expected in a file, though nobody looks anything up in it.
-Format = namedtuple("Format", "model their_type our_type architecture table prefix shared fields silent fixed")
+Format = namedtuple("Format", "model their_type our_type architecture table prefix shared fields silent fixed says parts")
 FORMATS = [
     Format(GPT, "gpt2", "mindecode-gpt", "GPT2LMHeadModel", GPT_TABLE, "transformer.", "transformer.wte.weight",
-           GPT_FIELDS, GPT_SILENT, GPT_FIXED),
+           GPT_FIELDS, GPT_SILENT, GPT_FIXED, GPT_SAYS, GPT_PARTS),
     Format(BART, "bart", "mindecode-bart", "BartForConditionalGeneration", BART_TABLE, "model.", "model.shared.weight",
-           BART_FIELDS, BART_SILENT, BART_FIXED),
+           BART_FIELDS, BART_SILENT, BART_FIXED, BART_SAYS, BART_PARTS),
 ]
 
-MAX_SIZE = 2**28   # of any number in a config: beyond every model, and products of three of them still fit 64 bits
+MAX_SIZE = 2**28  # of any number in a config: beyond every model, and products of three of them still fit 64 bits
 OPTIONAL = "final_logits_bias"  # models saved without their head lack it
 MASK = re.compile(r"\.attn\.(bias|masked_bias)$")  # old GPT-2 files hold causal masks, not to be taken for c_attn.bias
+WRITTEN = {"model_type", "architectures", "dtype", "comment", "n_ctx", "bos_token_id", "pad_token_id",
+           "forced_eos_token_id"}  # what we write into a config.json besides fields
 
 
-def entries(fmt, config):
-    """The table for a model of this config: (our parameter, their tensors, How), layer by layer."""
-    for ours, (theirs, how) in fmt.table.items():
+def published(fmt, config):
+    """The table for a config, layer by layer: our name -> (their names, How, the shape of ours)."""
+    C, lines = config.n_embd, {}
+    kv = 2 * (config.n_kv_head or config.n_head) * (C // config.n_head)
+    sizes = {"V": config.vocab_size, "P": config.block_size, "C": C, "I": config.n_inner or 4 * C, "KV": kv,
+             "QKV": C + kv}
+    for ours, (theirs, how, letters) in fmt.table.items():
         if config.tie_weights:
             if ours in TIED:
                 continue
             theirs = fmt.shared if ours == "wte.weight" else theirs
+        shape = tuple(sizes[letter] for letter in letters.split())
         for layer in range(getattr(config, DEPTH[ours.split(".")[0]])) if "*" in ours else [0]:
             for end in [""] if ours.endswith((".weight", ".bias")) else [".weight", ".bias"]:
                 left, parts, right = re.fullmatch(r"([^{]*)(?:\{(.*)\})?(.*)", theirs.replace("*", str(layer))).groups()
                 names = [left + part + right + end for part in (parts or "").split(",")]
-                yield ours.replace("*", str(layer)) + end, names, how
+                lines[ours.replace("*", str(layer)) + end] = names, how, shape[:1] if end == ".bias" else shape
+    return lines
+
+
+def entries(fmt, model):
+    """
+    How each tensor of a model is stored: (our names, several if it is tied; the tensor; their names; How). What has no
+    line in the table, or another shape than there, is stored as it is under our name.
+    """
+    lines, found = published(fmt, model.config), {}
+    for name, x in model.state_dict(keep_vars=True).items():
+        found.setdefault(x, []).append(name)
+    for x, ours in found.items():
+        ours.sort(key=lambda name: name not in lines)  # of tied ones, the one that has a line speaks for all
+        theirs, how, shape = lines.get(ours[0], (None, None, None))
+        yield (ours, x, theirs, how) if x.shape == shape else (ours, x, ours[:1], SAME)
 
 
 def export(fmt, model):
-    """The parameters under their names and in their layouts; on the meta device, the shapes that a file must have."""
-    config, state, tensors = model.config, model.state_dict(), {}
+    """The tensors under their names and in their layouts; on the meta device, the shapes that a file must have."""
+    config, tensors = model.config, {}
     kv = (config.n_kv_head or config.n_head) * (config.n_embd // config.n_head)
-    for ours, names, how in entries(fmt, config):
-        x = how.save(state[ours].detach())
-        rows = [config.n_embd, kv, kv][-len(names):] if len(names) > 1 else [x.size(0)]  # of q, k, v or of k, v
-        tensors.update(zip(names, x.split(rows)))
-    if fmt.shared not in tensors:
-        tensors[fmt.shared] = state["wte.weight"].detach().clone()
+    for _, x, theirs, how in entries(fmt, model):
+        x = how.save(x.detach())
+        parts = x.split([config.n_embd, kv, kv][-len(theirs):]) if len(theirs) > 1 else [x]  # q, k, v or k, v
+        tensors.update(zip(theirs, parts))
     return tensors
+
+
+def differences(fmt, model):
+    """What a model is or has that theirs is not or has not, as phrases: with any of them it is of our own type."""
+    config, lines = model.config, published(fmt, model.config)
+    found = [] if type(model) is fmt.model else [f"class {type(model).__name__}"]
+    for name in (field.name for field in fields(config)):
+        if not (fmt.says[name](config) if name in fmt.says else name in fmt.fields.keys() | NEUTRAL):
+            found.append(f"{name}={getattr(config, name)}")
+    for name, part in model.named_modules():
+        expected = fmt.parts.get(name.rpartition(".")[2])
+        if expected and not str(part).startswith(expected):
+            found.append(f"{name}={part}")
+    shapes = {ours[0]: tuple(x.shape) for ours, x, *_ in entries(fmt, model)}
+    found += [f"{name} {shape}" for name, shape in shapes.items() if name not in lines or shape != lines[name][2]]
+    found += [f"no {name}" for name in lines if name not in shapes]
+    return found + [f"buffer {name}" for name, _ in model.named_buffers()]
 
 
 # -----------------------------------------------------------------------------
@@ -154,7 +203,10 @@ def export(fmt, model):
 
 
 def read_config(directory):
-    """A Format and a validated configuration from config.json. Raises UserError on what our models are not."""
+    """
+    A Format, whether the model is of our own type, and a validated configuration from config.json. The Format's model
+    is the class that was saved. Raises UserError on what our models are not.
+    """
     path = directory / "config.json"
     raw = read_json(path)
     fmt = next((f for f in FORMATS if raw.get("model_type") in (f.their_type, f.our_type)), None)
@@ -164,56 +216,81 @@ def read_config(directory):
     for name, values in fmt.fixed.items():
         if raw.get(name, values[0]) not in values:
             raise UserError(f"{path}: {name}={raw[name]!a:.60} is not supported, only {' or '.join(map(str, values))}")
+    own = raw["model_type"] == fmt.our_type
+    try:
+        fmt = fmt._replace(model=saved_class(fmt, raw)) if own else fmt
+        config = read_fields(fmt, raw, own)
+        config.validate()
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    return fmt, own, config
+
+
+def saved_class(fmt, raw):
+    """Our class, or the subclass of it, that a model of our own type was saved from."""
+    def family(cls):
+        return [cls, *(below for child in cls.__subclasses__() for below in family(child))]
+
+    classes = {f"MinDecode{cls.__name__}": cls for cls in family(fmt.model)}
+    names = raw.get("architectures", [f"MinDecode{fmt.model.__name__}"])
+    if names not in [[name] for name in classes]:
+        raise UserError(f"architectures is {names!a:.60}, which is not defined here; import the file that does it")
+    return classes[names[0]]
+
+
+def own_fields(fmt, config):
+    """The fields that only our own type can have in a file."""
+    return [field.name for field in fields(config) if field.name not in fmt.fields.keys() | NEUTRAL]
+
+
+def read_fields(fmt, raw, own):
+    """A configuration as config.json has it. Raises UserError on wrong types, and on names that do not agree."""
     config = fmt.model.get_default_config()
     types = {field.name: field.type for field in fields(config)}
     raw = {"embd_pdrop": raw.get("dropout", 0.1)} | raw  # BART has one number for both
     for name, theirs in fmt.fields.items():
-        values = [read_number(path, key, raw.get(key), types[name], fmt.silent.get(name)) for key in theirs]
-        if len(set(values)) > 1:
-            raise UserError(f"{path}: {' and '.join(theirs)} differ ({', '.join(map(str, values))}); they must agree")
+        values = [fmt.silent.get(name) if raw.get(key) is None else raw[key] for key in theirs]
+        if name == "eos_id":
+            values = [read_ids(values[0], config.vocab_size)]
+        values = [configs.checked(key, value, types[name], MAX_SIZE) for key, value in zip(theirs, values)]
+        if len(set(map(repr, values))) > 1:
+            raise UserError(f"{' and '.join(theirs)} differ ({', '.join(map(str, values))}); they must agree")
         setattr(config, name, values[0])
-    if fmt.model is GPT and config.eos_id is not None and config.eos_id >= config.vocab_size:
+    if fmt.their_type == "gpt2" and isinstance(config.eos_id, int) and config.eos_id >= config.vocab_size:
         config.eos_id = None  # GPT-2's default in a file with a smaller vocabulary: an id that can never be produced
-    if config.layer_norm_eps <= 0:
-        raise UserError(f"{path}: layer_norm_epsilon={config.layer_norm_eps} must be above 0")
-    try:
-        config.validate()
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    return fmt, config
+    if own:
+        ours = own_fields(fmt, config)
+        for key in raw:  # one that we do not know would be missing in the model
+            configs.known(key[:60], WRITTEN.union(fmt.fixed, ours, *fmt.fields.values()), f"key of {fmt.our_type}")
+        for name in ours:
+            setattr(config, name, configs.checked(name, raw.get(name, getattr(config, name)), types[name], MAX_SIZE))
+    return config
 
 
-def read_number(path, key, value, kind, silent):
-    if value is None:
-        value = silent
-    if isinstance(value, list) and len(value) == 1 and key == "eos_token_id":
-        value = value[0]
-    if type(value) is int and kind is float and abs(value) <= MAX_SIZE:
-        value = float(value)
-    if not isinstance(value, kind) or (type(value) is bool and kind is not bool):
-        kind = getattr(kind, "__name__", str(kind))
-        raise UserError(f"{path}: {key} is {'missing' if value is None else f'{value!a:.60}'}, and it must be {kind}")
-    if isinstance(value, int | float) and not (math.isfinite(value) and abs(value) <= MAX_SIZE):
-        raise UserError(f"{path}: {key}={value!a:.60} must be a number up to {MAX_SIZE}")
-    return value
+def read_ids(ids, vocab_size):
+    """Published models may end in one of several ids. A list of one is that one."""
+    if not isinstance(ids, list):
+        return ids
+    if not ids or any(type(i) is not int or not 0 <= i < vocab_size for i in ids):
+        raise UserError(f"eos_token_id={ids!a:.60} must be whole numbers from 0 to below {vocab_size}")
+    return ids if len(ids) > 1 else ids[0]
 
 
 def write_config(fmt, model):
     """config.json of a model, as a dict."""
-    config, own = model.config, []
-    if config.n_kv_head not in (None, config.n_head):
-        own.append(f"grouped key/value heads, n_kv_head={config.n_kv_head}")
-    if fmt.model is BART and config.layer_norm_eps != 1e-5:
-        own.append(f"layer_norm_epsilon={config.layer_norm_eps}")
+    config, own = model.config, differences(fmt, model)
     raw = {"model_type": fmt.our_type if own else fmt.their_type,
-           "architectures": [f"MinDecode{fmt.model.__name__}" if own else fmt.architecture],
-           "dtype": str(model.wte.weight.dtype).removeprefix("torch.")}
+           "architectures": [f"MinDecode{type(model).__name__}" if own else fmt.architecture],
+           "dtype": str(next(model.parameters()).dtype).removeprefix("torch.")}
     if own:
-        raw["comment"] = f"needs minDecode: {fmt.architecture} has no {' and no '.join(own)}"
+        more = f" and {len(own) - 4} more" if len(own) > 4 else ""
+        raw["comment"] = f"needs minDecode: unlike {fmt.architecture} in {', '.join(own[:4])}{more}"
+        raw |= {name: getattr(config, name) for name in own_fields(fmt, config)}
     raw |= {key: getattr(config, name) for name, theirs in fmt.fields.items() for key in theirs}
     raw |= {name: values[0] for name, values in fmt.fixed.items()}
-    if fmt.model is GPT:
-        raw |= {"bos_token_id": config.eos_id, "pad_token_id": None}  # one id separates texts
+    if fmt.their_type == "gpt2":
+        first = config.eos_id[0] if isinstance(config.eos_id, list) else config.eos_id  # one id separates texts
+        raw |= {"n_ctx": config.block_size, "bos_token_id": first, "pad_token_id": None}  # n_ctx: converters ask for it
     else:
         inner = config.n_inner or 4 * config.n_embd
         raw |= {"encoder_ffn_dim": inner, "decoder_ffn_dim": inner, "forced_eos_token_id": None}
@@ -223,8 +300,10 @@ def write_config(fmt, model):
 # -----------------------------------------------------------------------------
 # Files
 
-def read_headers(directory, fmt):
-    """The headers of all files of a model, with the prefix that their keys may lack, and without old mask buffers."""
+def read_headers(directory, fmt, own):
+    """
+    The headers of all files of a model. Those of strangers may lack a prefix and hold old mask buffers; ours do not.
+    """
     paths = [directory / "model.safetensors"]
     index = directory / "model.safetensors.index.json"
     if not os.path.lexists(paths[0]):
@@ -240,11 +319,11 @@ def read_headers(directory, fmt):
     stored = {}
     for path in paths:
         for name, entry in read_header(path).items():
-            if not name.startswith((fmt.prefix, "lm_head.", "final_logits_bias")):
+            if not own and not name.startswith((fmt.prefix, "lm_head.", "final_logits_bias")):
                 name = fmt.prefix + name
             if name in stored:
                 raise UserError(f"{path} holds {name:.80} again; keep one")
-            if not MASK.search(name):
+            if own or not MASK.search(name):
                 stored[name] = entry
     return stored
 
@@ -266,17 +345,19 @@ def settle_embeddings(fmt, config, stored):
     return []
 
 
-def compare(directory, stored, expected, shapes=None):
-    """Raise one UserError that lists all that a file lacks, has too much, or has in another form than expected."""
+def compare(directory, stored, expected):
+    """Raise one UserError that lists all that a file lacks, has too much, or has in another form than {name: shape}."""
     def some(what, names):
         names = sorted(names)
         more = f", ... {len(names) - 4} more" if len(names) > 4 else ""
         return [f"{what} {', '.join(name[:160] for name in names[:4])}{more}"] if names else []
 
-    odd = [f"{name} {x.dtype}" for name, x in stored.items() if name in expected and x.dtype not in DTYPES]
-    wrong = [f"{name} {stored[name].shape} instead of {tuple(x.shape)}" for name, x in (shapes or {}).items()
-             if stored[name].shape != x.shape]
-    faults = (some("missing", expected - stored.keys() - {OPTIONAL}) + some("unexpected", stored.keys() - expected)
+    both = stored.keys() & expected.keys()
+    odd = [f"{name} {stored[name].dtype}" for name in both if stored[name].dtype not in DTYPES]
+    wrong = [f"{name} {stored[name].shape} instead of {expected[name]}" for name in both
+             if expected[name] not in (None, stored[name].shape)]
+    faults = (some("missing", expected.keys() - stored.keys() - {OPTIONAL})
+              + some("unexpected", stored.keys() - expected.keys())
               + some(f"not {'/'.join(DTYPES)}", odd) + some("of another shape", wrong))
     if faults:
         raise UserError(f"{directory}: the weights do not fit config.json: {'; '.join(faults)}")
@@ -291,16 +372,16 @@ class Uninitialised(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def empty_model(directory, fmt, config, stored):
+def empty_model(directory, fmt, own, config, stored):
     """A model without memory, made only once the file's names fit the config, and returned once its shapes do too."""
     layers = sum(getattr(config, name, 0) for name in DEPTH.values())
     if layers > len(stored):  # or a billion names would be made to be compared
         raise UserError(f"{directory}: config.json says {layers} layers, but the file holds {len(stored)} tensors")
-    compare(directory, stored, {name for _, names, _ in entries(fmt, config) for name in names})
+    if not own:  # names alone: theirs are known before there is a model
+        compare(directory, stored, {name: None for names, *_ in published(fmt, config).values() for name in names})
     with torch.device("meta"), Uninitialised():
         model = fmt.model(config)
-    shapes = export(fmt, model)
-    compare(directory, stored, stored.keys(), {name: shapes[name] for name in stored})
+    compare(directory, stored, {name: tuple(x.shape) for name, x in export(fmt, model).items()})
     return model
 
 
@@ -340,12 +421,12 @@ def load_pretrained(directory_or_name, dtype=None, device="cpu"):
     matrix-vector products are up to 1.6 times as fast in fp32 (MKL, measured) and equally fast in bf16.
     """
     directory = locate(directory_or_name)
-    fmt, config = read_config(directory)
-    stored = read_headers(directory, fmt)
+    fmt, own, config = read_config(directory)
+    stored = read_headers(directory, fmt, own)
     others = settle_embeddings(fmt, config, stored)
-    model = empty_model(directory, fmt, config, stored)
-
-    embedding = stored[next(entries(fmt, config))[1][0]]
+    model = empty_model(directory, fmt, own, config, stored)
+    parts = list(entries(fmt, model))
+    embedding = stored[parts[0][2][0]]
     stored_dtype = DTYPES[embedding.dtype]
     if any(x[2:4] != embedding[2:4] or not torch.equal(*(read_tensor([e], stored_dtype, "cpu") for e in (x, embedding)))
            for x in others):
@@ -354,15 +435,18 @@ def load_pretrained(directory_or_name, dtype=None, device="cpu"):
     dtype = dtype or stored_dtype
 
     def read(entry):
-        ours, names, how = entry
-        if names[0] not in stored:  # compare() lets only the head's bias be missing
-            return ours, torch.zeros(config.vocab_size, dtype=dtype, device=device)
-        x = how.load(read_tensor([stored[name] for name in names], dtype, device))
-        return ours, torch.nn.Parameter(x.contiguous() if x.is_cuda else x)  # there a copy costs nothing
+        ours, empty, theirs, how = entry
+        if theirs[0] in stored:
+            x = how.load(read_tensor([stored[name] for name in theirs], dtype, device))
+            x = x.contiguous() if x.is_cuda else x  # there a copy costs nothing
+        else:  # compare() lets only the head's bias be missing
+            x = torch.zeros(empty.shape, dtype=dtype, device=device)
+        return dict.fromkeys(ours, torch.nn.Parameter(x) if isinstance(empty, torch.nn.Parameter) else x)
 
-    state = dict(side_by_side(read, entries(fmt, config)))
-    if config.tie_weights:
-        state.update((name, state["wte.weight"]) for name in TIED if name in fmt.table)
+    state = {name: x for found in side_by_side(read, parts) for name, x in found.items()}
+    if own:  # built with memory, for what its constructor may compute and no file holds
+        with torch.device(device), Uninitialised():
+            model = fmt.model(config).to(dtype)
     model.load_state_dict(state, assign=True)  # the tensors become the parameters, tied ones stay one
     return model.eval(), load_tokenizer(directory)
 
@@ -375,6 +459,10 @@ def save_pretrained(directory, model, tokenizer=None):
     try:
         directory.mkdir(parents=True, exist_ok=True)
         tensors = {name: x.cpu().contiguous() for name, x in export(fmt, model).items()}
+        if config["model_type"] == fmt.their_type and fmt.shared not in tensors:  # untied
+            tensors[fmt.shared] = model.wte.weight.detach().cpu().clone()
+        if odd := [f"{name} {x.dtype}" for name, x in tensors.items() if x.dtype not in DTYPES.values()]:
+            raise UserError(f"cannot save {odd[0]}: only floating-point numbers; register a buffer as not persistent")
         save_file(tensors, directory / ".model.safetensors", {"format": "pt"})
         os.replace(directory / ".model.safetensors", directory / "model.safetensors")
         ids = {key: value for key, value in config.items() if key.endswith("_token_id")}

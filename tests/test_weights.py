@@ -7,13 +7,16 @@ import random
 import struct
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn import functional as F
 
+import model as core
 import plumbing.tensors as tensors
 import plumbing.weights as weights
 from generate import generate
@@ -164,11 +167,11 @@ def test_what_we_save_transformers_opens(cls, seed, tmp_path):
     assert all(torch.equal(x, again.state_dict()[name]) for name, x in model.state_dict().items())
 
 
-@pytest.mark.parametrize("name", [name for name, (_, how) in weights.GPT_TABLE.items() if how is weights.TRANSPOSED])
+@pytest.mark.parametrize("name", [name for name, (_, how, _) in weights.GPT_TABLE.items() if how is weights.TRANSPOSED])
 def test_a_forgotten_transpose_cannot_pass(name, tmp_path, monkeypatch):
     model = theirs("gpt2", 0).double()
     model.save_pretrained(tmp_path)
-    monkeypatch.setitem(weights.GPT_TABLE, name, (weights.GPT_TABLE[name][0], weights.SAME))
+    monkeypatch.setitem(weights.GPT_TABLE, name, (weights.GPT_TABLE[name][0], weights.SAME, weights.GPT_TABLE[name][2]))
     with pytest.raises((AssertionError, UserError)):
         close(*both_logits(load_pretrained(tmp_path)[0], model))
 
@@ -177,8 +180,8 @@ def test_a_forgotten_transpose_cannot_pass(name, tmp_path, monkeypatch):
 def test_queries_keys_and_values_cannot_change_places(name, tmp_path, monkeypatch):
     model = theirs("bart", 0).double()
     model.save_pretrained(tmp_path)
-    theirs_name, how = weights.BART_TABLE[name]
-    monkeypatch.setitem(weights.BART_TABLE, name, (theirs_name.replace("k,v", "v,k"), how))
+    theirs_name, how, shape = weights.BART_TABLE[name]
+    monkeypatch.setitem(weights.BART_TABLE, name, (theirs_name.replace("k,v", "v,k"), how, shape))
     with pytest.raises(AssertionError):
         close(*both_logits(load_pretrained(tmp_path)[0], model))
 
@@ -237,6 +240,221 @@ def test_grouped_heads_get_our_own_model_type_and_come_back(cls, tmp_path):
             opener.from_pretrained(tmp_path)
     again, _ = load_pretrained(tmp_path)
     assert all(torch.equal(x, again.state_dict()[name]) for name, x in model.state_dict().items())
+
+
+class Gated(core.MLP):
+    """SwiGLU's idea: a third matrix."""
+
+    def __init__(self, config, *args):
+        super().__init__(config, *args)
+        self.c_gate = nn.Linear(config.n_embd, self.c_fc.out_features, bias=False)
+
+    def forward(self, x):
+        return self.c_proj(F.silu(self.c_gate(x)) * self.c_fc(x))
+
+
+class Fused(core.MLP):
+    """The same with two matrices in one, which has the published name but not its shape."""
+
+    def __init__(self, config, *args):
+        super().__init__(config, *args)
+        self.c_fc = nn.Linear(config.n_embd, 2 * self.c_fc.out_features)
+
+    def forward(self, x):
+        gate, x = self.c_fc(x).chunk(2, dim=-1)
+        return self.c_proj(F.silu(gate) * x)
+
+
+class Squared(core.MLP):
+    """Another activation: no tensor tells."""
+
+    def __init__(self, config, *args):
+        super().__init__(config, *args)
+        self.act = nn.ReLU()
+
+    def forward(self, x):
+        return self.c_proj(self.act(self.c_fc(x)).square())
+
+
+class Scaled(core.MLP):
+    """A number that is learned, one that is counted along, and one that only the constructor knows."""
+
+    def __init__(self, config, *args):
+        super().__init__(config, *args)
+        self.scale = nn.Parameter(torch.tensor(0.7))
+        self.register_buffer("seen", torch.tensor([2.0]))
+        self.register_buffer("slope", torch.linspace(0.1, 0.9, config.n_embd), persistent=False)
+
+    def forward(self, x):
+        return self.c_proj(self.act(self.c_fc(x))) * self.scale * self.seen * self.slope
+
+
+class Marked(core.MLP):
+    """As published, but for a part that says what its layer attends to."""
+
+    def __init__(self, config, *args):
+        super().__init__(config, *args)
+        self.pattern = nn.Identity()
+
+
+def rms_norm(config):
+    return nn.RMSNorm(config.n_embd, eps=1e-5)
+
+
+CHANGES = {"SwiGLU": ("MLP", Gated, "h.0.mlp.c_gate.weight"), "fused SwiGLU": ("MLP", Fused, "h.0.mlp.c_fc.weight (64, 8)"),
+           "squared ReLU": ("MLP", Squared, "mlp.act=ReLU()"), "RMSNorm": ("layer_norm", rms_norm, "no h.0.ln_1.bias"),
+           "numbers": ("MLP", Scaled, "h.0.mlp.scale ()"), "a pattern": ("MLP", Marked, "mlp.pattern=Identity()")}
+
+
+def make(cls, **more):
+    layers = dict(n_layer=2) if issubclass(cls, GPT) else dict(n_encoder_layer=1, n_decoder_layer=2)
+    torch.manual_seed(0)
+    model = cls(replace(cls.get_default_config(), n_head=2, n_embd=8, vocab_size=40, block_size=30, **layers, **more))
+    with torch.no_grad():
+        for x in model.parameters():
+            x.add_(torch.randn_like(x) / 5)
+    return model.eval()
+
+
+def comes_back_as_our_own(model, directory):
+    """Save and load a model; also once more, and as another type. Returns its config.json."""
+    save_pretrained(directory, model)
+    raw = json.loads((directory / "config.json").read_text())
+    kind = "gpt" if isinstance(model, GPT) else "bart"
+    assert raw["model_type"] == f"mindecode-{kind}"
+    for opener in (transformers.AutoConfig, transformers.AutoModel):
+        with pytest.raises(ValueError, match=raw["model_type"]):
+            opener.from_pretrained(directory)
+    rng = torch.get_rng_state()
+    again, _ = load_pretrained(directory)
+    assert torch.equal(rng, torch.get_rng_state()) and type(again) is type(model)
+    assert replace(again.config, n_inner=model.config.n_inner) == model.config
+    mine, theirs = model.state_dict(), again.state_dict()
+    assert mine.keys() == theirs.keys() and all(torch.equal(x, theirs[name]) for name, x in mine.items())
+    assert {name for name, p in again.named_parameters() if p.requires_grad} == {
+        name for name, p in model.named_parameters() if p.requires_grad}
+    x = ids(40, 2, 9)
+    inputs = (x,) if kind == "gpt" else (x, x)
+    close(again(*inputs), model(*inputs))
+    save_pretrained(directory / "again", again)
+    assert load_file(directory / "again" / "model.safetensors").keys() == load_file(directory / "model.safetensors").keys()
+    half, _ = load_pretrained(directory, dtype=torch.float64)
+    assert torch.allclose(half(*inputs).float(), model(*inputs), atol=1e-4)
+    return raw
+
+
+@pytest.mark.parametrize("what", CHANGES)
+@pytest.mark.parametrize("cls", [GPT, BART])
+def test_a_model_that_somebody_changed_is_our_own_type_and_comes_back(cls, what, tmp_path, monkeypatch):
+    """Saved under the published name, other tools would run it without the change, and none would say so."""
+    part, changed, told = CHANGES[what]
+    published = make(cls)
+    save_pretrained(tmp_path / "published", published)
+    monkeypatch.setattr(core, part, changed)
+    raw = comes_back_as_our_own(make(cls), tmp_path / "changed")
+    assert raw["architectures"] == [f"MinDecode{cls.__name__}"]
+    assert (told if cls is GPT else told.replace("h.0", "encoder.0")) in raw["comment"]
+    if what in ("SwiGLU", "fused SwiGLU", "RMSNorm", "numbers"):  # nor does the changed code take what is published
+        with pytest.raises(UserError, match="do not fit"):
+            load_pretrained(tmp_path / "published")
+
+
+@dataclass(slots=True)
+class RotaryConfig(core.GPTConfig):
+    rotary: bool = True
+    base: float = 1e4
+    scaling: str | None = None
+
+
+class RotaryGPT(GPT):
+    """No table of positions, and fields that GPT-2 has not."""
+
+    config_class = RotaryConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.wpe = nn.Identity()
+        self.register_buffer("angles", config.base ** -torch.linspace(0, 1, config.n_embd), persistent=False)
+
+    def forward(self, idx):
+        x = self.wte(idx) * torch.cos(torch.arange(idx.size(1))[:, None] * self.angles)
+        for block in self.h:
+            x = block(x)
+        return self.lm_head(self.ln_f(x))
+
+
+class Backwards(BART):
+    """Nothing to see but its class."""
+
+
+def test_fields_and_classes_of_ones_own_come_back(tmp_path):
+    raw = comes_back_as_our_own(make(RotaryGPT, base=500.0, scaling="ntk"), tmp_path / "rotary")
+    assert (raw["rotary"], raw["base"], raw["scaling"], raw["architectures"]) == (True, 500.0, "ntk", ["MinDecodeRotaryGPT"])
+    assert "rotary=True" in raw["comment"] and "max_batch_size" not in raw
+    assert "class Backwards" in comes_back_as_our_own(make(Backwards), tmp_path / "class")["comment"]
+    assert "no lm_head" not in comes_back_as_our_own(make(RotaryGPT, tie_weights=False), tmp_path / "untied")["comment"]
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(architectures=["MinDecodeElsewhereGPT"]), "MinDecodeElsewhereGPT.*import the file"),
+    (dict(architectures=7), "architectures is 7"), (dict(rotary=1), "rotary is 1.*bool"), (dict(base="x"), "base is 'x'"),
+    (dict(base=float("nan")), "base is nan"), (dict(base=10**30), "base is 10"), (dict(scaling=[]), r"scaling is \[\]"),
+    (dict(rotaty=True), "rotaty.*did you mean 'rotary'"), (dict(n_layer=10**7), "layers"), (dict(n_layer=3), "missing"),
+    (dict(n_embd=16), "of another shape"), (dict(n_embd=2**27), "of another shape")])
+def test_a_model_of_our_own_type_is_read_as_strictly(change, words, tmp_path):
+    save_pretrained(tmp_path, make(RotaryGPT))
+    config(tmp_path, **change)
+    with pytest.raises(UserError, match=words) as refused:
+        load_pretrained(tmp_path)
+    assert "\n" not in str(refused.value) and str(tmp_path) in str(refused.value)
+
+
+def test_what_a_file_cannot_hold_is_refused_when_it_is_saved(tmp_path):
+    model = make(GPT)
+    model.register_buffer("mask", torch.ones(3, dtype=torch.bool))
+    with pytest.raises(UserError, match="mask torch.bool.*not persistent"):
+        save_pretrained(tmp_path, model)
+
+
+def test_an_embedding_untied_by_hand_comes_back_untied(tmp_path):
+    model = make(GPT)
+    model.lm_head.weight = nn.Parameter(model.wte.weight.detach() + 1)
+    save_pretrained(tmp_path, model)
+    assert "lm_head.weight" in json.loads((tmp_path / "config.json").read_text())["comment"]
+    with pytest.raises(UserError):  # as the code that reads it ties
+        load_pretrained(tmp_path)
+
+
+@dataclass(slots=True)
+class ManyEnds(core.GPTConfig):
+    eos_id: int | list | None = None
+
+    def validate(self):
+        pass
+
+
+@pytest.mark.parametrize("given, means", [([3], 3), ([3, 5], [3, 5]), (3, 3), (None, None), (99, None)])
+def test_a_text_may_end_in_one_of_several_ids(given, means, tiny, monkeypatch):
+    monkeypatch.setattr(GPT, "config_class", ManyEnds)
+    config(tiny, eos_token_id=given)
+    model, _ = load_pretrained(tiny)
+    assert model.config.eos_id == means
+    save_pretrained(tiny, model)
+    assert load_generation_config(tiny)["eos_token_id"] == means
+    assert load_generation_config(tiny)["bos_token_id"] == (3 if means else None)
+
+
+@pytest.mark.parametrize("given", [[], [3, 99], [3, -1], [3, "4"], [True, 3], [[3], 4], "3"])
+def test_ends_that_no_model_can_produce_are_refused(given, tiny, monkeypatch):
+    monkeypatch.setattr(GPT, "config_class", ManyEnds)
+    config(tiny, eos_token_id=given)
+    with pytest.raises(UserError, match="eos_token_id"):
+        load_pretrained(tiny)
+
+
+def test_the_number_of_positions_is_there_under_both_of_its_names(tiny):
+    raw = json.loads((tiny / "config.json").read_text())
+    assert raw["n_ctx"] == raw["n_positions"] == 7
 
 
 def test_dropout_and_ids_survive_the_round_trip(tmp_path):
