@@ -56,7 +56,7 @@ def checked(name, value, kind, limit=2**63):
     """The value, if a field of this type may hold it; a whole number does for a float. Raises UserError otherwise."""
     allowed = get_args(kind) if isinstance(kind, UnionType) else (kind,)
     if isinstance(value, int | float) and not abs(value) < limit:  # nor is a NaN
-        raise UserError(f"{name} is {value!a:.60}: it must be a number below 2**{limit.bit_length() - 1}")
+        raise UserError(f"{name}={value!a:.60} must be a number below 2**{limit.bit_length() - 1}")
     if type(value) is int and float in allowed and int not in allowed:
         value = float(value)
     if type(value) not in allowed:

@@ -102,7 +102,7 @@ def test_whole_numbers_serve_as_floats_and_nothing_else_changes_its_type():
         with pytest.raises(UserError, match=f"s.{key} is {value!r}"):
             configs.build(Example, {key: value}, "s")
     for number in (2**63, -2**63, float("nan"), float("-inf")):
-        with pytest.raises(UserError, match=r"s.rate is .* below 2\*\*63"):
+        with pytest.raises(UserError, match=r"s.rate=.* below 2\*\*63"):
             configs.build(Example, {"rate": number}, "s")
 
 
