@@ -183,7 +183,7 @@ def set_up(model_values, data_config, config):
     model = cls(model_config).to(config.device)
     optimizers = make_optimizers(model, config)
     this_run.restore(model, optimizers, {"model": asdict(model.config), "data": asdict(data_config),
-                                         "text": data.identity(), "train": asdict(config)})
+                                         "text": data.identity, "train": asdict(config)})
     print(f"{model.count_parameters():,} parameters, {this_run.tokenizer.n_vocab:,} tokens in the vocabulary, "
           f"on {config.device} in {config.dtype}")
     if this_run.step >= config.steps:

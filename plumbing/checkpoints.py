@@ -7,7 +7,6 @@ manifest.json (size and sha256 of every file). A folder is written under a hidde
 then renamed: what is called step-* is whole, unless the disk changed it later, which the manifest tells.
 """
 
-import json
 import math
 import os
 import shutil
@@ -19,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from plumbing.errors import UserError
-from plumbing.files import read_json
+from plumbing.files import read_json, write_json
 from plumbing.manifests import MANIFEST, checkpoints, describe, newest
 from plumbing.weights import load_pretrained, save_pretrained
 
@@ -164,10 +163,6 @@ def unpack(model, optimizer, groups, tensors):
 
 # -----------------------------------------------------------------------------
 # Files
-
-
-def write_json(path, value):
-    path.write_text(json.dumps(value, indent=1) + "\n")
 
 
 def fsync(path):

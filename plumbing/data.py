@@ -102,10 +102,7 @@ class TextData:
         self.train = torch.tensor(tokenizer.encode(train))  # (tokens,)
         self.val = torch.tensor(tokenizer.encode(val))
         self.chars_per_token = len(val) / len(self.val)  # nats per token / this = nats per character
-        self._identity = describe(name, train + val, len(self.train) + len(self.val))
-
-    def identity(self):
-        return self._identity
+        self.identity = describe(name, train + val, len(self.train) + len(self.val))
 
     def batch_at(self, step, rank=0, *, batch_size, block_size):
         """((idx,), labels), both (batch_size, block_size) int64: labels are what follows each id of idx."""
@@ -146,7 +143,7 @@ class PairData:
         targets = (self.val[2] != IGNORE).sum().item()
         self.chars_per_token = sum(len(target) for _, target in val) / targets  # of the held-out targets
         tokens = sum(n.sum() + (labels != IGNORE).sum() for _, n, labels in (self.train, self.val))
-        self._identity = describe(name, "\n".join(chain.from_iterable(train + val)), tokens.item())
+        self.identity = describe(name, "\n".join(chain.from_iterable(train + val)), tokens.item())
 
     def _encode(self, pairs, tokenizer):
         """Sources (n, N) padded with pad_id, their lengths (n,), and targets (n, M) padded with IGNORE."""
@@ -154,9 +151,6 @@ class PairData:
         lengths = torch.tensor([len(source) for source in sources])
         return (pad_sequence(sources, batch_first=True, padding_value=self.pad_id), lengths,
                 pad_sequence(targets, batch_first=True, padding_value=IGNORE))
-
-    def identity(self):
-        return self._identity
 
     def batch_at(self, step, rank=0, *, batch_size, block_size):
         """((source (B, N), target (B, M), source_lengths (B,)), labels (B, M)), all int64; see the class."""

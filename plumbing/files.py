@@ -66,6 +66,10 @@ def read_json(path, max_bytes=MAX_BYTES):
     return value
 
 
+def write_json(path, value):
+    Path(path).write_text(json.dumps(value, indent=1) + "\n")
+
+
 def fetch(url, sha256, path, remedy, seconds=10):
     """The bytes behind `url`, kept at `path` between calls and believed only if their sha256 is right.
 

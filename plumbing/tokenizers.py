@@ -8,8 +8,6 @@ tiktoken. A text is only ever text: what a user types never becomes a control to
 
 import codecs
 import hashlib
-import heapq
-import json
 import os
 import tempfile
 from collections import Counter, defaultdict
@@ -20,7 +18,7 @@ import tiktoken
 from tiktoken_ext.openai_public import r50k_pat_str as WORDS  # cuts a text as GPT-2 does; merges stay inside
 
 from plumbing.errors import UserError
-from plumbing.files import fetch, read_json, read_text
+from plumbing.files import fetch, read_json, read_text, write_json
 
 KINDS = ("byte", "char", "bpe", "gpt2")
 END = "<|endoftext|>"
@@ -81,7 +79,7 @@ class Tokenizer:
                      "sep": "</s>"}
         named = {f"{role}_token": name for role, name in names.items() if name in self.specials}
         more["clean_up_tokenization_spaces"] = False
-        write_json(directory, "tokenizer_config.json", more | named)
+        write_json(Path(directory, "tokenizer_config.json"), more | named)
 
 
 class BPETokenizer(Tokenizer):
@@ -129,7 +127,7 @@ class BPETokenizer(Tokenizer):
     def save(self, directory):
         kind = "BartTokenizer" if self.seq2seq else "GPT2Tokenizer"
         self.save_config(directory, tokenizer_class=kind, add_prefix_space=False)
-        write_json(directory, "vocab.json", self.vocab)
+        write_json(Path(directory, "vocab.json"), self.vocab)
         lines = ["#version: 0.2", *(f"{left} {right}" for left, right in self.merges), ""]
         Path(directory, "merges.txt").write_bytes("\n".join(lines).encode())
 
@@ -164,7 +162,7 @@ class CharTokenizer(Tokenizer):
         no = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
         added = [{"id": id, "content": name, **no, "special": True} for name, id in self.specials.items()]
         split = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False}
-        write_json(directory, "tokenizer.json", {
+        write_json(Path(directory, "tokenizer.json"), {
             "version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None,
             "pre_tokenizer": split, "post_processor": frame, "decoder": {"type": "Fuse"},
             "model": {"type": "WordLevel", "vocab": self.specials | self.ids, "unk_token": "<unk>"}})
@@ -216,9 +214,7 @@ def train_tokenizer(kind, text, vocab_size=None, seq2seq=False):
 def train_merges(text, n_merges):
     """The `n_merges` pairs that byte-pair encoding joins, most frequent first; ties go to the smaller pair.
 
-    A word is merged once however often it occurs, and `where` finds the words a merge touches, so a merge
-    costs what it changes. Counts only ever fall once a pair has been pushed: a stale entry of the heap is
-    pushed back with its present count when it surfaces.
+    A word is merged once however often it occurs, and `where` finds the words that a merge touches.
     """
     found = Counter(regex.findall(WORDS, text))
     words = [[LETTER[b] for b in word.encode(errors="replace")] for word in found]
@@ -228,28 +224,16 @@ def train_merges(text, n_merges):
         for pair in zip(word, word[1:]):
             counts[pair] += times[n]
             where[pair].add(n)
-    heap = [(-count, pair) for pair, count in counts.items()]
-    heapq.heapify(heap)
     merges = []
-    while heap and len(merges) < n_merges:
-        count, pair = heapq.heappop(heap)
-        if counts[pair] != -count:
-            heapq.heappush(heap, (-counts[pair], pair))
-            continue
-        if count > -2:  # a pair seen once saves nothing
-            break
-        merges.append(pair)
-        made = set()
-        for n in where.pop(pair):
+    while len(merges) < n_merges and (most := max(counts.values(), default=0)) > 1:  # a pair seen once saves nothing
+        merges.append(min(pair for pair, count in counts.items() if count == most))
+        for n in where.pop(merges[-1]):
             for old in zip(words[n], words[n][1:]):
                 counts[old] -= times[n]
-            words[n] = join(words[n], pair)
+            words[n] = join(words[n], merges[-1])
             for new in zip(words[n], words[n][1:]):
                 counts[new] += times[n]
                 where[new].add(n)
-                made.add(new)
-        for new in made:
-            heapq.heappush(heap, (-counts[new], new))
     return merges
 
 
@@ -351,7 +335,3 @@ def check_ids(vocab):
     if not ids or any(type(id) is not int for id in ids) or sorted(ids) != list(range(len(ids))):
         raise UserError(f"the ids of a vocabulary of {len(ids)} entries must be 0 to {len(ids) - 1}, "
                         f"each once; fetch the file again")
-
-
-def write_json(directory, name, value):
-    Path(directory, name).write_bytes(json.dumps(value, ensure_ascii=False, indent=1).encode())

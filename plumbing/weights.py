@@ -7,7 +7,6 @@ cannot express, because somebody has changed it, gets a model_type of our own. F
 and compared with config.json before anything is allocated, and nothing is ever unpickled.
 """
 
-import json
 import os
 import re
 from collections import namedtuple
@@ -23,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from model import BART, GPT
 from plumbing import config as configs
 from plumbing.errors import UserError
-from plumbing.files import read_json
+from plumbing.files import read_json, write_json
 from plumbing.manifests import MANIFEST, newest, verify
 from plumbing.tensors import DTYPES, read_header, read_tensor, side_by_side
 from plumbing.tokenizers import load_tokenizer
@@ -467,7 +466,7 @@ def save_pretrained(directory, model, tokenizer=None):
         os.replace(directory / ".model.safetensors", directory / "model.safetensors")
         ids = {key: value for key, value in config.items() if key.endswith("_token_id")}
         for name, value in (("config.json", config), ("generation_config.json", ids)):
-            (directory / name).write_text(json.dumps(value, indent=2) + "\n")
+            write_json(directory / name, value)
         if tokenizer is not None:
             tokenizer.save(directory)
     except (OSError, SafetensorError) as error:

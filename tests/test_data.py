@@ -116,7 +116,7 @@ def test_the_text_is_split_by_characters_before_it_is_encoded(tmp_path):
 
 def test_the_python_documentation_is_there_without_a_network():
     found, tok = load_data(DataConfig(), seq2seq=False)
-    assert tok.n_vocab == 1024 and found.identity()["characters"] > 300_000
+    assert tok.n_vocab == 1024 and found.identity["characters"] > 300_000
     assert found.chars_per_token > 2
 
 
@@ -132,10 +132,10 @@ def test_a_directory_is_read_in_order_whatever_links_it_holds(tmp_path):
 
 
 def test_identity_notices_other_data():
-    one, other = text_data()[0].identity(), text_data(TEXT + "a")[0].identity()
-    assert one == text_data()[0].identity() and one["sha256"] != other["sha256"]
+    one, other = text_data()[0].identity, text_data(TEXT + "a")[0].identity
+    assert one == text_data()[0].identity and one["sha256"] != other["sha256"]
     assert (one["characters"], one["tokens"]) == (len(TEXT), len(TEXT))
-    assert pair_data()[0].identity() == pair_data()[0].identity() != pair_data(seed=2)[0].identity()
+    assert pair_data()[0].identity == pair_data()[0].identity != pair_data(seed=2)[0].identity
 
 
 def test_a_given_tokenizer_is_used_instead_of_a_new_one():
