@@ -262,14 +262,11 @@ def gpt2_merges():
 
 def load_tokenizer(directory):
     """The tokenizer that a model directory holds, ours or not; None if it holds no tokenizer files."""
-    names = ("vocab.json", "merges.txt", "encoder.json", "vocab.bpe", "dict.txt", "tokenizer.json")
+    names = ("vocab.json", "merges.txt", "encoder.json", "vocab.bpe", "tokenizer.json")
     held = {name: Path(directory, name) for name in names if os.path.lexists(Path(directory, name))}
     for vocab, merges in (names[:2], names[2:4]):  # the second two are what OpenAI called them
         if vocab in held and merges in held:
-            vocab, pairs = read_json(held[vocab]), parse_merges(held[merges], read_text(held[merges]))
-            if "dict.txt" in held:
-                vocab = fairseq_vocab(held["dict.txt"], vocab)
-            return BPETokenizer(pairs, vocab)
+            return BPETokenizer(parse_merges(held[merges], read_text(held[merges])), read_json(held[vocab]))
     if "tokenizer.json" in held:
         return load_tokenizer_json(held["tokenizer.json"])
     if held:
@@ -311,22 +308,6 @@ def parse_merges(path, text):
         if len(pair) != 2 or not all(pair):
             raise UserError(f"{path}: merge {n} is {' '.join(pair)[:40]!a}, not two tokens; fetch it again")
     return pairs
-
-
-def fairseq_vocab(path, gpt2):
-    """BART's vocabulary from fairseq's dict.txt, whose lines are "<GPT-2 id> <count>", most frequent first.
-
-    Its made-up words fill the count up to a multiple of 8; the released models have just
-    as many as that takes.
-    """
-    names = {str(id): name for name, id in gpt2.items()}
-    words = [line.split(" ")[0] for line in read_text(path).splitlines()]
-    words = [word for word in words if not word.startswith("madeupword")]
-    if sorted(words) != sorted(names):
-        raise UserError(f"{path} does not list each of the {len(names)} ids beside it once; fetch it again")
-    vocab = BART_FIRST + [names[word] for word in words]
-    vocab += [f"madeupword{n:04d}" for n in range(-len(vocab) % 8)] + [MASK]
-    return {name: id for id, name in enumerate(vocab)}
 
 
 def check_ids(vocab):

@@ -403,7 +403,7 @@ def locate(directory_or_name):
         raise UserError(f"there is no directory {path}; pass one that holds config.json and model.safetensors")
     from huggingface_hub import snapshot_download  # here: it takes a moment, and a directory does not need it
     try:
-        wanted = ["*.json", "*.safetensors", "merges.txt", "vocab.bpe", "dict.txt"]
+        wanted = ["*.json", "*.safetensors", "merges.txt", "vocab.bpe"]
         return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=["*/*"], etag_timeout=3))
     except Exception as error:  # of many kinds: names, networks, disks, the hub's answers
         reason = (str(error).splitlines() or [type(error).__name__])[0][:120]

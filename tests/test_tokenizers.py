@@ -37,10 +37,22 @@ def shared(*names):
     return paths
 
 
-def gpt2_directory(path, bart=False):
-    names = ["gpt2/vocab.bpe", "gpt2/encoder.json"] + ["bart/dict.txt"] * bart
-    for source in shared(*names):
+def gpt2_directory(path):
+    """GPT-2's vocabulary in the files that OpenAI published."""
+    for source in shared("gpt2/vocab.bpe", "gpt2/encoder.json"):
         os.symlink(source, path / source.name)
+    return path
+
+
+def bart_directory(path):
+    """BART's, whose dictionary was published as lines of "<GPT-2 id> <count>", padded to a multiple of 8."""
+    merges, gpt2, words = shared("gpt2/vocab.bpe", "gpt2/encoder.json", "bart/dict.txt")
+    names = {str(id): name for name, id in json.loads(gpt2.read_text()).items()}
+    order = [names[line.split(" ")[0]] for line in words.read_text().splitlines() if not line.startswith("madeupword")]
+    vocab = ["<s>", "<pad>", "</s>", "<unk>", *order]
+    vocab += [f"madeupword{n:04d}" for n in range(-len(vocab) % 8)] + ["<mask>"]
+    (path / "vocab.json").write_text(json.dumps({name: id for id, name in enumerate(vocab)}))
+    os.symlink(merges, path / "merges.txt")
     return path
 
 
@@ -188,7 +200,7 @@ def test_gpt2_and_bart_give_the_published_ids(tmp_path):
     (tmp_path / "gpt2").mkdir(), (tmp_path / "bart").mkdir()
     gpt2 = load_tokenizer(gpt2_directory(tmp_path / "gpt2"))
     assert gpt2.encode("The cat is") == [464, 3797, 318] and (gpt2.n_vocab, gpt2.eos_id) == (50257, 50256)
-    bart = load_tokenizer(gpt2_directory(tmp_path / "bart", bart=True))
+    bart = load_tokenizer(bart_directory(tmp_path / "bart"))
     assert bart.encode("Hello world") == [0, 31414, 232, 2]
     assert (bart.n_vocab, bart.specials["<mask>"], bart.pad_id) == (50265, 50264, 1)
     assert bart.decode(bart.encode(TEXT)) == TEXT == gpt2.decode(gpt2.encode(TEXT))
@@ -321,13 +333,6 @@ def test_hostile_files_are_refused_in_one_line(trained, tmp_path, name):
 def test_a_foreign_tokenizer_json_is_refused(tmp_path, whole):
     (tmp_path / "tokenizer.json").write_text(json.dumps(whole))
     with pytest.raises(UserError):
-        load_tokenizer(tmp_path)
-
-
-def test_a_dict_that_does_not_match_is_refused(trained, tmp_path):
-    trained["bpe", False].save(tmp_path)
-    (tmp_path / "dict.txt").write_text("0 5\n0 4\n")
-    with pytest.raises(UserError, match="does not list each"):
         load_tokenizer(tmp_path)
 
 
