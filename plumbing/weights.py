@@ -397,10 +397,8 @@ def locate(directory_or_name):
         if os.path.lexists(path / MANIFEST):
             verify(path)
         return path
-    if os.path.lexists(path):
-        raise UserError(f"{path} is not a directory; pass the directory that holds config.json and model.safetensors")
-    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) or ("/" in name and path.parent.is_dir()):
-        raise UserError(f"there is no directory {path}; pass one that holds config.json and model.safetensors")
+    if os.path.lexists(path) or ("/" in name and path.parent.is_dir()):
+        raise UserError(f"{path} is not a directory; pass one that holds config.json and model.safetensors")
     from huggingface_hub import snapshot_download  # here: it takes a moment, and a directory does not need it
     try:
         wanted = ["*.json", "*.safetensors", "merges.txt", "vocab.bpe"]
