@@ -94,6 +94,14 @@ def save_checkpoint(run_dir, step, model, tokenizer, optimizers, extra, keep=2):
     return final
 
 
+def fsync(path):
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def aside(path):
     return path.with_name(f"{path.name}-replaced")
 
@@ -157,17 +165,5 @@ def unpack(model, optimizer, groups, tensors):
         state.setdefault(name, {})[key] = like.copy_(x)  # in memory of its own, laid out as the parameter
     groups = [{"params": group["params"]} | {key: tuple(value) if isinstance(value, list) else value  # as JSON has it
               for key, value in group["options"].items()} for group in groups]
-    set_optimizer_state_dict(model, optimizer, {"state": state, "param_groups": groups},
+    set_optimizer_state_dict(model, optimizer, optim_state_dict={"state": state, "param_groups": groups},
                              options=StateDictOptions(strict=False))  # what never had a gradient has no state
-
-
-# -----------------------------------------------------------------------------
-# Files
-
-
-def fsync(path):
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

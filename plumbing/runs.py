@@ -107,17 +107,14 @@ class Run:
     def plot(self):
         """Draw loss.png, where matplotlib is installed."""
         try:
-            import matplotlib
+            from matplotlib.figure import Figure
         except ImportError:
             return
-        matplotlib.use("Agg")
-        from matplotlib import pyplot as plt
-
-        figure, axes = plt.subplots(figsize=(7, 4))
+        figure = Figure(figsize=(7, 4))
+        axes = figure.subplots()
         for key, style, label in (("loss", "-", "training"), ("val_loss", "o-", "held out")):
             points = [(line["step"], line[key]) for line in self.history() if key in line]
             axes.plot(*zip(*(points or [(0, float("nan"))])), style, label=label)
         axes.set(xlabel="step", ylabel="loss (nats per token)")
         axes.legend()
         figure.savefig(self.out / "loss.png", dpi=120, bbox_inches="tight")
-        plt.close(figure)

@@ -425,10 +425,11 @@ def load_pretrained(directory_or_name, dtype=None, device="cpu"):
     parts = list(entries(fmt, model))
     embedding = stored[parts[0][2][0]]
     stored_dtype = DTYPES[embedding.dtype]
-    if any(x[2:4] != embedding[2:4] or not torch.equal(*(read_tensor([e], stored_dtype, "cpu") for e in (x, embedding)))
-           for x in others):
-        raise UserError(f"{directory}: config.json ties the embeddings, but the file holds different ones; set "
-                        f"tie_word_embeddings to false there, or keep one")
+    for x in others:
+        alike = (x.dtype, x.shape) == (embedding.dtype, embedding.shape)
+        if not alike or not torch.equal(*(read_tensor([one], stored_dtype, "cpu") for one in (x, embedding))):
+            raise UserError(f"{directory}: config.json ties the embeddings, but the file holds different ones; set "
+                            f"tie_word_embeddings to false there, or keep one")
     dtype = dtype or stored_dtype
 
     def read(entry):

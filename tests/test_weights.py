@@ -265,6 +265,17 @@ class Fused(core.MLP):
         return self.c_proj(F.silu(gate) * x)
 
 
+class Convolved(core.MLP):
+    """The published name again, and not even a matrix."""
+
+    def __init__(self, config, *args):
+        super().__init__(config, *args)
+        self.c_fc = nn.Conv1d(config.n_embd, self.c_fc.out_features, 1)
+
+    def forward(self, x):
+        return self.c_proj(self.act(self.c_fc(x.transpose(1, 2)).transpose(1, 2)))
+
+
 class Squared(core.MLP):
     """Another activation: no tensor tells."""
 
@@ -302,6 +313,7 @@ def rms_norm(config):
 
 
 CHANGES = {"SwiGLU": ("MLP", Gated, "h.0.mlp.c_gate.weight"), "fused SwiGLU": ("MLP", Fused, "h.0.mlp.c_fc.weight (64, 8)"),
+           "a convolution": ("MLP", Convolved, "h.0.mlp.c_fc.weight (32, 8, 1)"),
            "squared ReLU": ("MLP", Squared, "mlp.act=ReLU()"), "RMSNorm": ("layer_norm", rms_norm, "no h.0.ln_1.bias"),
            "numbers": ("MLP", Scaled, "h.0.mlp.scale ()"), "a pattern": ("MLP", Marked, "mlp.pattern=Identity()")}
 
@@ -354,7 +366,7 @@ def test_a_model_that_somebody_changed_is_our_own_type_and_comes_back(cls, what,
     raw = comes_back_as_our_own(make(cls), tmp_path / "changed")
     assert raw["architectures"] == [f"MinDecode{cls.__name__}"]
     assert (told if cls is GPT else told.replace("h.0", "encoder.0")) in raw["comment"]
-    if what in ("SwiGLU", "fused SwiGLU", "RMSNorm", "numbers"):  # nor does the changed code take what is published
+    if what in ("SwiGLU", "fused SwiGLU", "a convolution", "RMSNorm", "numbers"):  # nor does the changed code take what is published
         with pytest.raises(UserError, match="do not fit"):
             load_pretrained(tmp_path / "published")
 
