@@ -371,6 +371,22 @@ def test_a_model_that_somebody_changed_is_our_own_type_and_comes_back(cls, what,
             load_pretrained(tmp_path / "published")
 
 
+class Causal(nn.Dropout):
+    """What a layer's pattern is called where nothing is left out; a test of the name, which must not be a change."""
+
+
+@pytest.mark.parametrize("cls", [GPT, BART])
+def test_a_model_with_the_usual_patterns_is_the_published_one(cls, tmp_path):
+    model = make(cls)
+    for layer in model.decoder_layers():
+        layer.attn.pattern = Causal(0.1)
+    save_pretrained(tmp_path, model)
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] in ("gpt2", "bart")
+    layer.attn.pattern = nn.Dropout(0.1)
+    save_pretrained(tmp_path, model)
+    assert "attn.pattern=Dropout" in json.loads((tmp_path / "config.json").read_text())["comment"]
+
+
 @dataclass(slots=True)
 class RotaryConfig(core.GPTConfig):
     rotary: bool = True
