@@ -4,13 +4,13 @@ PYTHON ?= python3
 RUN := .venv/bin/python
 PROMPT := Python
 
-.PHONY: demo test mutants
+.PHONY: demo test mutants sizes
 
 # Train a tiny GPT on Python's own documentation, then let it write with and without the cache.
 # Run again, it finds the trained model and goes on to the writing.
 demo: .venv/ready
 	$(RUN) train.py configs/gpt-tiny.toml --train.resume=true
-	$(RUN) generate.py --model out/gpt-tiny --prompt "$(PROMPT)" --max-new-tokens 60 --compare
+	$(RUN) bench.py compare --model out/gpt-tiny --prompt "$(PROMPT)" --max-new-tokens 60
 
 test: .venv/ready
 	$(RUN) -m pytest -q
@@ -18,6 +18,10 @@ test: .venv/ready
 # Break the code on purpose, one bug at a time, and see that the tests notice.
 mutants: .venv/ready
 	$(RUN) tests/mutants.py
+
+# How long files and functions are, beside what they should be: to be read, never a reason to fail.
+sizes: .venv/ready
+	$(RUN) tests/sizes.py
 
 .venv/ready: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'

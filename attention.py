@@ -1,50 +1,24 @@
 """
-Attention in three roles, and the cache that makes decoding cheap.
+Attention in three roles: causal self-attention (a decoder), bidirectional (an encoder), cross-attention (between them).
 
-The whole file rests on one idea: *positions are explicit and absolute; a mask is a predicate over positions; a cache
+The whole code rests on one idea: *positions are explicit and absolute; a mask is a predicate over positions; a cache
 is a buffer indexed by positions.* `start_pos + arange(T)` covers a whole sequence (start 0), a chunk after a prefix, a
 single decoded token, and a batch whose rows are at different places (one start per row).
 
 Shapes: B batch, T new (query) positions, S stored (key) positions, C n_embd, H n_head, D head_dim = C / H,
 KV n_kv_head (H for multi-head; fewer for grouped-query; 1 for multi-query attention).
 
-This file imports nothing of ours: it can be lifted into other code as it stands.
+With cache.py this file can be lifted into other code: a config needs n_embd and n_head, and may have n_kv_head,
+attn_pdrop, resid_pdrop, max_batch_size and block_size.
 """
 
 import math
-import weakref
-from contextlib import contextmanager
 
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-# -----------------------------------------------------------------------------
-# Masks. A predicate (batch, head, query_pos, key_pos) -> bool says who may attend to whom: True = may attend.
-# The signature is FlexAttention's mask_mod, so the same functions can drive a block-sparse kernel.
-
-
-def causal(b, h, q, k):
-    """A position sees itself and its past."""
-    return k <= q
-
-
-def within(lengths):
-    """Every position sees the first lengths[b] keys of its row and none of the padding behind them. lengths: (B,)."""
-    return lambda b, h, q, k: k < lengths[b]
-
-
-def dense(predicate, query_pos, key_pos, batch_size=1, n_head=1):
-    """
-    A predicate as a boolean tensor, (B or 1, H or 1, T, S): axes that the predicate ignores stay 1 and broadcast.
-    query_pos: (T,), or (B, T) when the rows are at different places. key_pos: (S,).
-    """
-    device = key_pos.device
-    b = torch.arange(batch_size, device=device).view(-1, 1, 1, 1)
-    h = torch.arange(n_head, device=device).view(1, -1, 1, 1)
-    q = query_pos.view(-1, 1, query_pos.size(-1), 1)
-    return predicate(b, h, q, key_pos.view(1, 1, 1, -1))
-
+from cache import KVCache, passing
 
 # -----------------------------------------------------------------------------
 # The attention function, twice: to be read, and to be fast. The tests tie the two together.
@@ -69,195 +43,35 @@ def attend_explicit(q, k, v, mask=None):
 
 def attend(q, k, v, mask=None, is_causal=False, dropout_p=0.0):
     """The same through PyTorch's fused kernel. is_causal only when T == S: the kernel aligns that mask top-left."""
-    grouped = q.size(1) != k.size(1)
+    grouped = bool(q.size(1) != k.size(1))  # a bool also where a compiler sees sizes as symbols
     return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal, enable_gqa=grouped)
 
 
 # -----------------------------------------------------------------------------
-
-
-class KVCache:
-    """
-    Keys and values of the positions seen so far, so that a decode step computes only its own.
-
-    Two buffers (batch_size, KV, length, D), zero where unwritten, allocated at the first update with the dtype and
-    device of its keys. KV heads are stored unrepeated: sharing them is what makes the cache small (Shazeer 2019).
-    Not a module, so the buffers are in no state_dict; written detached, so they carry no gradient.
-    """
-
-    def __init__(self, batch_size, length):
-        self.batch_size, self.length = batch_size, length
-        self.k = self.v = None
-        self.rows = 0    # batch rows of the sequences that are stored
-        self.filled = 0  # positions that are stored; None once they come as tensors, which only the device can read
-
-    def update(self, start_pos, k, v):
-        """
-        Store k and v, (B, KV, T, D), at start_pos.. and return all that attention may read, (B, KV, S, D) each.
-
-        start_pos as an int is the number of stored positions, or 0 to start afresh; S = start_pos + T.
-        As a tensor, () or (B, 1), rows may be at different places: S is then the whole buffer, at an address that
-        never changes, and the causal predicate hides what is not written yet. Tensor positions are not checked.
-        Raises ValueError, before anything is written, on a gap, an overflow, or a batch that is too large or changes.
-        """
-        B, _, T, _ = k.shape
-        tensor = isinstance(start_pos, torch.Tensor)
-        self.check(start_pos, B, T)
-        if not tensor and start_pos == 0:
-            self.rewind(0)
-        if self.k is None or self._layout(self.k) != self._layout(k):
-            if self.filled != 0:
-                raise ValueError(f"the cache holds {self._layout(self.k)} but the keys are now {self._layout(k)}: "
-                                 f"start again at start_pos=0")
-            self._allocate(k)
-        if tensor:
-            b = torch.arange(B, device=k.device)[:, None]
-            pos = (start_pos + torch.arange(T, device=k.device)).expand(B, T)
-            self.k[b, :, pos] = k.detach().transpose(1, 2)  # (B, T, KV, D), the shape of an indexed write
-            self.v[b, :, pos] = v.detach().transpose(1, 2)
-            self.rows, self.filled = B, None
-            return self.k[:B], self.v[:B]
-        end = start_pos + T
-        self.k[:B, :, start_pos:end] = k.detach()
-        self.v[:B, :, start_pos:end] = v.detach()
-        self.rows, self.filled = B, end
-        return self.k[:B, :, :end], self.v[:B, :, :end]
-
-    def check(self, start_pos, B, T):
-        """Raise ValueError if B rows of T positions cannot be stored at start_pos. Changes nothing."""
-        tensor = isinstance(start_pos, torch.Tensor)
-        if tensor and start_pos.shape not in ((), (B, 1)):
-            raise ValueError(f"start_pos has the shape {tuple(start_pos.shape)}: it must be () or ({B}, 1)")
-        if B > self.batch_size:
-            raise ValueError(f"a batch of {B} rows does not fit a cache of {self.batch_size} (max_batch_size): "
-                             f"use fewer rows or a larger max_batch_size")
-        if not tensor and start_pos not in (0, self.filled):
-            stored = "an unknown number of" if self.filled is None else self.filled
-            raise ValueError(f"start_pos={start_pos}, but {stored} positions are stored: continue at that position, "
-                             f"rewind() to an earlier one, or start again at start_pos=0")
-        if T + (0 if tensor else start_pos) > self.length:
-            raise ValueError(f"start_pos={start_pos} and {T} new positions overflow a cache of {self.length}: "
-                             f"generate less or raise block_size")
-        if (tensor or start_pos > 0) and self.rows not in (0, B):
-            raise ValueError(f"the batch changed from {self.rows} rows to {B} at start_pos={start_pos}: "
-                             f"start again at start_pos=0")
-
-    def rewind(self, filled):
-        """Forget every position from `filled` on. Raises ValueError if fewer are stored."""
-        stored = self.length if self.filled is None else self.filled
-        if not 0 <= filled <= stored:
-            raise ValueError(f"cannot rewind to position {filled}: {stored} positions are stored")
-        if self.k is not None:
-            self.k[: self.rows, :, filled : self.filled] = 0
-            self.v[: self.rows, :, filled : self.filled] = 0
-        self.filled = filled
-        self.rows = self.rows if filled else 0
-
-    @torch.inference_mode(False)  # a buffer born in inference mode could never be written outside it
-    def _allocate(self, k):
-        shape = self.batch_size, k.size(1), self.length, k.size(3)
-        self.k = torch.zeros(shape, dtype=k.dtype, device=k.device)
-        self.v = torch.zeros_like(self.k)
-
-    @staticmethod
-    def _layout(x):
-        return f"{x.size(1)} heads of {x.size(3)}, {x.dtype}, {x.device}"
-
-
-class MemoryCache:
-    """
-    What cross-attention keeps of a source: the keys and values of its memory, projected once, and which of them count.
-
-    k, v: (B, KV, N, D). lengths: (B,) or None. `of` tells whether they come from this very memory, so that another
-    source can never meet them.
-    """
-
-    def __init__(self, memory, lengths, k, v):
-        self.memory, self.version = weakref.ref(memory), version(memory)
-        self.lengths, self.k, self.v = lengths, k.detach(), v.detach()
-
-    def of(self, memory, lengths):
-        """Whether memory and lengths, where they are given, are those that are stored, not changed since."""
-        same = memory is None or (self.memory and self.memory() is memory and version(memory) == self.version)
-        return same and (lengths is None or self.lengths is not None and torch.equal(lengths, self.lengths))
-
-    def __getstate__(self):
-        return self.__dict__ | {"memory": None}  # a reference cannot be pickled: a copy knows no memory by sight
-
-
-def version(x):
-    """How often a tensor was written in place; tensors of inference mode do not count that."""
-    return None if x.is_inference() else x._version
-
-
-@contextmanager
-def in_step(layers, start_pos, B, T):
-    """
-    Let a stack of attention layers store the same positions of the same text: if one of them fails, those before it
-    forget. What cannot be stored is refused here, before any layer runs. A text that a failed call at start_pos=0
-    was about to replace is lost.
-    """
-    before = {layer: layer.cache for layer in layers}
-    for cache in before.values():
-        if isinstance(cache, KVCache):
-            cache.check(start_pos, B, T)
-    try:
-        yield
-    except BaseException:
-        for layer, cache in before.items():
-            if isinstance(layer, CrossAttention):
-                layer.cache = cache
-            elif layer.cache is not None and not isinstance(start_pos, torch.Tensor):
-                layer.cache.rewind(min(start_pos, layer.cache.filled))  # a step at tensor positions just rewrites them
-        raise
-
-
-# -----------------------------------------------------------------------------
+# Causal self-attention
 
 
 class Attention(nn.Module):
-    """
-    What the three roles have in common: heads are split, attended to and merged, then projected by c_proj.
+    """What the three roles have in common: heads are split, attended to by `pattern`, and merged again."""
 
-    config needs n_embd, n_head, n_kv_head (None = n_head), attn_pdrop and resid_pdrop; causal self-attention also
-    max_batch_size and block_size, the size of the cache that it makes for itself if it is given none.
-    """
-
-    def __init__(self, config):
+    def __init__(self, config, pattern):
         super().__init__()
-        self.n_head = config.n_head
-        self.n_kv_head = config.n_head if config.n_kv_head is None else config.n_kv_head
-        if config.n_embd % self.n_head or self.n_head % self.n_kv_head:
-            raise ValueError(f"n_embd={config.n_embd} must be a multiple of n_head={self.n_head}, "
-                             f"and n_head of n_kv_head={self.n_kv_head}")
-        self.head_dim = config.n_embd // self.n_head
-        self.attn_pdrop = config.attn_pdrop
-        self.resid_dropout = nn.Dropout(config.resid_pdrop)
-        self.cache = None
-
-    @property
-    def cache_k(self):
-        """The stored keys (max_batch_size, KV, block_size, D), None before the first cached call."""
-        return None if self.cache is None else self.cache.k
-
-    @property
-    def cache_v(self):
-        """The stored values, as cache_k."""
-        return None if self.cache is None else self.cache.v
+        self.n_head, self.n_kv_head, self.head_dim = head_sizes(config)
+        self.pattern = pattern(getattr(config, "attn_pdrop", 0.0))
+        self.resid_dropout = Dropout(getattr(config, "resid_pdrop", 0.0))
 
     def heads(self, x):
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, T, n * D) -> (B, n, T, D)
 
-    def output(self, q, k, v, mask=None, is_causal=False):
-        y = attend(q, k, v, mask, is_causal, self.attn_pdrop if self.training else 0.0)  # (B, H, T, D)
-        return self.resid_dropout(self.c_proj(y.transpose(1, 2).flatten(2)))  # (B, T, C)
+    def output(self, y):
+        return self.resid_dropout(self.c_proj(y.transpose(1, 2).flatten(2)))  # (B, H, T, D) -> (B, T, C)
 
 
 class SelfAttention(Attention):
     """Bidirectional self-attention, as in an encoder: every position sees every position of its row."""
 
-    def __init__(self, config):
-        super().__init__(config)
+    def __init__(self, config, pattern=None):
+        super().__init__(config, pattern or Everything)
         # queries, keys and values of all heads in one matrix: one large product instead of three small ones
         self.c_attn = nn.Linear(config.n_embd, (self.n_head + 2 * self.n_kv_head) * self.head_dim)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
@@ -267,12 +81,9 @@ class SelfAttention(Attention):
         q, k, v = self.c_attn(x).split([H * D, KV * D, KV * D], dim=-1)
         return self.heads(q), self.heads(k), self.heads(v)  # (B, H, T, D), (B, KV, T, D), (B, KV, T, D)
 
-    def forward(self, x, lengths=None):
-        """x: (B, T, C) -> (B, T, C). lengths: (B,) tokens that count per row, None for all of them."""
-        q, k, v = self.qkv(x)
-        pos = torch.arange(x.size(1), device=x.device)
-        mask = None if lengths is None else dense(within(lengths), pos, pos, x.size(0))  # (B, 1, 1, T)
-        return self.output(q, k, v, mask)
+    def forward(self, x, pos, key_pos):
+        """x: (B, T, C) at positions pos (T,) -> (B, T, C). key_pos: the same, or (B, T) where rows are padded."""
+        return self.output(self.pattern(*self.qkv(x), pos, key_pos))
 
 
 class CausalSelfAttention(SelfAttention):
@@ -284,59 +95,155 @@ class CausalSelfAttention(SelfAttention):
     everything stored. The output has the length of the input, whatever is stored.
     """
 
-    def __init__(self, config):
-        super().__init__(config)
-        self.max_batch_size, self.block_size = config.max_batch_size, config.block_size
+    def __init__(self, config, layer=0, pattern=None):
+        super().__init__(config, pattern or Causal)
+        self.layer = layer  # which layer of a decoding's cache is ours
+        self.size = getattr(config, "max_batch_size", 64), getattr(config, "block_size", 1024)
+        self.cache = None   # our own, when we stand alone
 
-    def forward(self, x, use_kv_cache=False, start_pos=0):
+    def forward(self, x, use_kv_cache=False, start_pos=0, pos=None, cache=None):
         """
-        x: (B, T, C) at positions start_pos.. -> (B, T, C). start_pos: int, or a tensor () or (B, 1); see KVCache.
-        Raises ValueError where the cache does, and on a start_pos other than 0 without a cache.
+        x: (B, T, C) -> (B, T, C). A model passes the positions pos, (T,) or (B, T), and the cache of a decoding or
+        None; a layer on its own takes use_kv_cache and start_pos, see alone().
         """
-        T = x.size(1)
+        if pos is None:
+            return self.alone(x, use_kv_cache, start_pos)
         q, k, v = self.qkv(x)
-        if use_kv_cache:
-            if self.cache is None:
-                self.cache = KVCache(self.max_batch_size, self.block_size)
-            k, v = self.cache.update(start_pos, k, v)  # (B, KV, S, D)
-        elif isinstance(start_pos, torch.Tensor) or start_pos != 0:
-            raise ValueError(f"start_pos={start_pos} needs use_kv_cache=True: without a cache nothing precedes x")
-        S = k.size(2)
-        if S == T:  # queries and keys are the same positions: the kernel knows this mask without being given it
-            return self.output(q, k, v, is_causal=True)
-        if T == 1 and not isinstance(start_pos, torch.Tensor):  # the newest position sees all that is stored
-            return self.output(q, k, v)
-        query_pos = start_pos + torch.arange(T, device=x.device)  # (T,) or (B, T)
-        return self.output(q, k, v, dense(causal, query_pos, torch.arange(S, device=x.device)))
+        key_pos = pos
+        if cache is not None:
+            k, v, key_pos = cache.update(self.layer, pos, k, v)  # (B, KV, S, D) twice, and (S,)
+        return self.output(self.pattern(q, k, v, pos, key_pos))
+
+    def alone(self, x, use_kv_cache, start_pos):
+        """
+        Outside a model, a layer keeps a cache for itself. start_pos: an int (what is stored, or 0 to start afresh), a
+        list of one per row, or a tensor. Raises ValueError on a gap, an overflow or another batch: see passing().
+        """
+        if use_kv_cache and self.cache is None:
+            self.cache = KVCache(*self.size, n_layer=self.layer + 1)
+        cache = self.cache if use_kv_cache else None
+        with passing(cache, start_pos, x, block_size=math.inf) as pos:
+            return self(x, pos=pos, cache=cache)
+
+    @property
+    def cache_k(self):
+        """The stored keys (max_batch_size, KV, block_size, D), zeros where unwritten; None before a cached call."""
+        return self.cache and self.cache.k[self.layer]
+
+    @property
+    def cache_v(self):
+        """The stored values, as cache_k."""
+        return self.cache and self.cache.v[self.layer]
+
+
+# -----------------------------------------------------------------------------
+# Cross-attention
 
 
 class CrossAttention(Attention):
-    """
-    Attention of a decoder to the encoder's output ("memory"). Its keys and values depend on the source alone, so with
-    a cache they are projected once per source: memory given, project it (and store); memory absent, read the cache.
-    """
+    """Attention of a decoder to an encoder's output. Its keys and values depend on the source alone: project() once."""
 
     def __init__(self, config):
-        super().__init__(config)
+        super().__init__(config, Everything)
         self.c_q = nn.Linear(config.n_embd, config.n_embd)
         self.c_kv = nn.Linear(config.n_embd, 2 * self.n_kv_head * self.head_dim)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x, memory=None, lengths=None, use_kv_cache=False):
+    def project(self, encoded):
+        """(B, N, C) -> keys and values, (B, KV, N, D) each."""
+        k, v = self.c_kv(encoded).chunk(2, dim=-1)
+        return self.heads(k), self.heads(v)
+
+    def forward(self, x, k, v, key_pos):
         """
-        x: (B, T, C), memory: (B, N, C) -> (B, T, C). lengths: (B,) memory positions that count per row.
-        Raises ValueError if there is neither a memory nor a stored one, or if the stored one has another batch size.
+        x: (B n, T, C); k, v of B sources, key_pos as in key_positions() -> (B n, T, C). n neighbouring rows (beams,
+        samples) ask one source, which is no more to attention than n T queries. Raises ValueError on other numbers.
         """
-        if memory is not None:
-            k, v = (self.heads(y) for y in self.c_kv(memory).chunk(2, dim=-1))  # (B, KV, N, D)
-            if use_kv_cache:
-                self.cache = MemoryCache(memory, lengths, k, v)
-        elif use_kv_cache and self.cache is not None:
-            k, v, lengths = self.cache.k, self.cache.v, self.cache.lengths
-        else:
-            raise ValueError("there is no memory to attend to: pass memory, or use_kv_cache=True after a call with one")
-        if k.size(0) != x.size(0):
+        if x.size(0) % k.size(0):
             raise ValueError(f"{x.size(0)} rows attend to a memory of {k.size(0)}: encode a source for each row")
-        pos = torch.arange(k.size(2), device=x.device)
-        mask = None if lengths is None else dense(within(lengths), pos[:1], pos, x.size(0))  # (B, 1, 1, N)
-        return self.output(self.heads(self.c_q(x)), k, v, mask)
+        q = self.heads(self.c_q(x).reshape(k.size(0), -1, x.size(2)))  # (B, H, n T, D)
+        return self.output(self.pattern(q, k, v, None, key_pos)).view_as(x)  # where queries stand means nothing here
+
+
+# -----------------------------------------------------------------------------
+# Masks. A predicate (batch, head, query_pos, key_pos) -> bool says who may attend to whom: True = may attend.
+# The signature is FlexAttention's mask_mod, so the same functions can drive a block-sparse kernel.
+
+NOWHERE = 2**31 - 1  # the position of a key that does not count, such as padding: everybody's future
+
+
+def key_positions(pos, lengths=None):
+    """
+    The positions of the keys of sources: pos (N,), or (B, N) where rows are padded. lengths: (B,), how many of the N
+    count in each row, None for all. Raises ValueError on a length outside 1..N.
+    """
+    if lengths is None:
+        return pos
+    if not (1 <= lengths.min() and lengths.max() <= len(pos)):
+        raise ValueError(f"source_lengths={lengths.tolist()} must lie between 1 and the width {len(pos)}")
+    return pos.where(pos < lengths[:, None], NOWHERE)
+
+
+def dense(predicate, query_pos, key_pos, n_head=1):
+    """
+    A predicate as a boolean tensor, (B or 1, H or 1, T, S): axes that the predicate ignores stay 1 and broadcast.
+    query_pos: (T,), or (B, T) when rows are at different places, or None where it means nothing. key_pos: (S,) or (B, S).
+    """
+    q = None if query_pos is None else query_pos.view(-1, 1, query_pos.size(-1), 1)
+    k = key_pos.view(-1, 1, 1, key_pos.size(-1))
+    b = torch.arange(max(len(x) for x in (q, k) if x is not None), device=k.device).view(-1, 1, 1, 1)
+    h = torch.arange(n_head, device=k.device).view(1, -1, 1, 1)
+    return predicate(b, h, q, k)
+
+
+# -----------------------------------------------------------------------------
+# Patterns: parameterless modules that turn q, k, v and their positions into (B, H, T, D). All that an attention computes
+# passes through one, so a hook here sees everything, and another kind of attention is another module in this place.
+
+
+class Dropout(nn.Dropout):
+    """
+    On in train mode where gradients are recorded. Recording belongs to a thread, train() to the model, so generating
+    needs no eval(), and disturbs nobody who trains or generates beside it.
+    """
+
+    @property
+    def rate(self):
+        return self.p if self.training and torch.is_grad_enabled() else 0.0
+
+    def forward(self, x):
+        return F.dropout(x, self.rate)
+
+
+class Everything(Dropout):
+    """Every query sees every key that counts."""
+
+    @staticmethod
+    def allows(b, h, q, k):
+        return k < NOWHERE
+
+    def forward(self, q, k, v, query_pos, key_pos):
+        mask = None if key_pos.dim() == 1 else dense(self.allows, query_pos, key_pos)  # (B, 1, 1, S)
+        return attend(q, k, v, mask, dropout_p=self.rate)
+
+
+class Causal(Dropout):
+    """A query sees its own position and what lies before it."""
+
+    @staticmethod
+    def allows(b, h, q, k):
+        return k <= q
+
+    def forward(self, q, k, v, query_pos, key_pos):
+        T, S = q.size(2), k.size(2)
+        if query_pos.dim() == 1 and T in (1, S):  # all rows alike: the queries are the last T of the S keys, so that
+            return attend(q, k, v, None, T == S, self.rate)  # a single one sees all, and the kernel knows the square
+        return attend(q, k, v, dense(self.allows, query_pos, key_pos), False, self.rate)  # (1 or B, 1, T, S)
+
+
+def head_sizes(config):
+    """(H, KV, D) of a configuration; n_kv_head may be None or absent. Raises ValueError if they do not divide."""
+    H, KV = config.n_head, getattr(config, "n_kv_head", None) or config.n_head
+    if config.n_embd % H or H % KV:
+        raise ValueError(f"n_embd={config.n_embd} must be a multiple of n_head={H}, and n_head of n_kv_head={KV}")
+    return H, KV, config.n_embd // H

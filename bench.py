@@ -1,13 +1,15 @@
 """
 Measure what the README claims, on your machine.
 
-    python bench.py load --model DIR
+    python bench.py compare --model out/gpt-tiny --prompt "The if statement"
+    python bench.py compare --random bart-base --prompt-tokens 1024 --max-new-tokens 100
+    python bench.py trace --model out/bart-headline --prompt-file article.txt
+    python bench.py report --model out/bart-headline --prompt-file article.txt --output page.html
     python bench.py load --random gpt2-xl --dtype bfloat16 --device cuda
 
-load: how long load_pretrained takes beside merely reading the file, and how much memory, of a model that is there or a
-random one of a published size. Every measurement is a fresh process, in which everything is imported and CUDA started
-before the clock; readings and loadings alternate, so that what else the machine does hits both, and the file is in the
-page cache. It needs Linux, whose /proc tells what memory was used.
+compare runs every strategy on the same input: do they write the same, and what does each cost? trace prints the shape of
+every matrix product, which are fixed and which grow. report writes a page that shows the decoding step by step. load
+says how long load_pretrained takes beside merely reading the file, and how much memory. All decode greedily.
 """
 
 import json
@@ -18,17 +20,139 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 
 import torch
 
-from model import BART
+from cost import attention_weights, count, hooks, matrix, predict, rows_through
+from generate import generate, strategies, stream
+from plumbing import cli, report
 from plumbing.errors import Parser, UserError, run
-from plumbing.models import MODELS, count_parameters, random_model
+from plumbing.models import PRESETS, count_parameters, preset_config, random_model
 from plumbing.utils import DTYPES, pick_device
 from plumbing.weights import load_pretrained, save_pretrained
 
-PRESETS = {name: cls for cls in MODELS.values() for name in cls.presets}
+# -----------------------------------------------------------------------------
+# compare
+
+
+def measure(model, run):
+    """Count a run to its end: its Cost, the ids of B rows, and per step logits {row: (V,)} and seconds."""
+    ids, logits, seconds = [], [], []
+    head = lambda module, args, out: logits.append(out.detach().float().cpu().flatten(0, -2))  # (rows that are left, V)
+    with count(model) as cost, hooks([model.lm_head.register_forward_hook(head)]):
+        start = time.perf_counter()
+        for found in run():
+            seconds.append(time.perf_counter() - start)
+            start += seconds[-1]
+            logits[-1] = dict(zip((r for r, new in enumerate(found) if new), logits[-1]))
+            ids = [row + new for row, new in zip(ids or [[] for _ in found], found)]
+    return cost, ids, logits, seconds
+
+
+def parting(ids, logits, other_ids, other_logits):
+    """
+    How far another run is from the first: (largest logit difference, None or the first step where the tokens differ).
+    Each row counts up to its own first difference, since after that the two continue different texts. `gap` is how
+    much the first run's logits prefer its token over the other's: of the size of the logit difference, it is rounding.
+    """
+    largest, partings = 0.0, []
+    for row, pairs in enumerate(map(zip, ids, other_ids)):
+        for k, (ours, theirs) in enumerate(pairs):
+            largest = max(largest, (logits[k][row] - other_logits[k][row]).abs().max().item())
+            if ours != theirs:
+                gap = (logits[k][row][ours] - logits[k][row][theirs]).item()
+                partings.append(dict(step=k + 1, row=row, tokens=[ours, theirs], gap=gap))
+                break
+    return largest, min(partings, key=lambda parting: parting["step"], default=None)
+
+
+def compare(model, runs, N):
+    """
+    Run every strategy on the same input, greedily, and put the counts, times and outputs beside each other.
+
+    runs: strategy -> a function without arguments that starts it and returns its steps, each B lists of new ids; the
+    first is the reference. N: length of the longest source (BART) or prompt (GPT), to which the batch is padded.
+    The counting hooks are in the timed runs: they cost microseconds, where a second run would cost the naive minutes.
+    Returns a dict for JSON: N, M, batch_size, identical, exact (counts = closed forms), verdict, and `strategies`, a
+    list of dicts. Logits of all steps are kept while it runs: 8 bytes x M x batch_size x vocab_size.
+    """
+    reference, strategies = None, []
+    for run in list(runs.values())[:1]:
+        next(iter(run()))  # what the first call of a process sets up is nobody's cost
+    for name, run in runs.items():
+        cost, ids, logits, seconds = measure(model, run)
+        reference = reference or (ids, logits, sum(seconds))
+        difference, first = parting(*reference[:2], ids, logits)
+        closed = [predict(model.config, name, N, len(row)) for row in ids]  # rows leave the batch when they end
+        strategies.append(dict(
+            strategy=name, identical=first is None, first_difference=first, logit_difference=difference,
+            encoder_tokens=cost.encoder_tokens, decoder_tokens=cost.decoder_tokens,
+            closed_form=[sum(c[f"{stack}_tokens"] for c in closed) for stack in ("encoder", "decoder")],
+            linear_rows=rows_through(cost.linear_rows),
+            linear_flops=cost.flops("GEMM"), attention_flops=cost.flops("BGEMM"),
+            self_cache_bytes=cost.cache_bytes("self"), cross_cache_bytes=cost.cache_bytes("cross"),
+            seconds=sum(seconds), first_seconds=seconds[0], token_seconds=mean(seconds[1:]) if seconds[1:] else None,
+            speed=reference[2] / sum(seconds),
+            steps=[[cost.encoder[k + 1], cost.decoder[k + 1], s] for k, s in enumerate(seconds)], ids=ids))
+    identical = all(s["identical"] for s in strategies)
+    exact = all([s["encoder_tokens"], s["decoder_tokens"]] == s["closed_form"] for s in strategies)
+    verdict = (f"{'identical' if identical else 'DIFFERENT'} tokens; "
+               f"counts {'equal' if exact else 'DIFFER from'} the closed forms")
+    return dict(N=N, M=max(map(len, reference[0])), batch_size=len(reference[0]), identical=identical, exact=exact,
+                verdict=verdict, strategies=strategies)
+
+
+def compare_request(request):
+    """compare() of every strategy that the model has on a cli.Request."""
+    runs = {name: lambda name=name: stream(request.model, *request.batch(), **request.options, strategy=name)
+            for name in strategies(request.model)}
+    return compare(request.model, runs, len(request.ids))
+
+
+def print_comparison(request, args):
+    result = compare_request(request)
+    if request.json:
+        return print(json.dumps(result))
+    shown = "" if request.model.config.is_encoder_decoder else request.prompt
+    for done in result["strategies"] if request.tokenizer else []:
+        print(f"--- {done['strategy']}\n{shown}{request.tokenizer.decode(done['ids'][0])}\n")
+    print(report.comparison_table(result))
+
+
+# -----------------------------------------------------------------------------
+# trace and report
+
+
+def print_trace(request, args):
+    """The matrix products of a generation, beside those of one teacher-forced pass over the same tokens."""
+    model = request.model
+    with count(model) as counted:
+        new = generate(model, *request.batch(), **request.options)[0]
+    texts = [request.ids, [model.config.start_id]] if model.config.is_encoder_decoder else [request.ids]
+    texts[-1] = texts[-1] + new[:-1]
+    with count(model) as training, torch.no_grad():
+        model(*(torch.tensor([text], device=model.wte.weight.device) for text in texts))
+    lines = map(json.dumps, counted.records)
+    print("\n".join(lines) if request.json else report.shape_table(counted.records, training.records))
+
+
+def write_report(request, args):
+    """Compare the strategies, collect the attention weights of a cached run, and write both as a page."""
+    config = request.model.config
+    N = len(request.ids) if config.is_encoder_decoder else 0
+    T = (1 if N else len(request.ids)) + request.max_new_tokens - 1
+    report.check_size(config.n_head * len(request.model.decoder_layers()) * T * (T + N))
+    report.check_path(args.output)
+    result = compare_request(request)
+    with attention_weights(request.model) as weights:
+        new = generate(request.model, *request.batch(), **request.options)[0]
+    weights = {role: [matrix(calls)[0] for calls in layers if calls] for role, layers in weights.items()}
+    show = request.tokenizer.show if request.tokenizer else str
+    source, target = (request.ids, [config.start_id, *new]) if N else ([], request.ids + new)
+    report.write_report(args.output, result, [show(i) for i in source], [show(i) for i in target], weights)
+    print(json.dumps(result) if request.json else report.comparison_table(result))
+    print(f"wrote {args.output}", file=sys.stderr)
 
 
 def fresh(function, *args):
@@ -84,7 +208,7 @@ def measure_parity(directory, device):
     """The largest difference between our logits and transformers', in fp32, on random ids of shape (2, 64)."""
     import transformers
     model, _ = load_pretrained(directory, torch.float32, device)
-    bart, T = isinstance(model, BART), min(64, model.config.block_size)
+    bart, T = model.config.is_encoder_decoder, min(64, model.config.block_size)
     source, target = torch.randint(model.config.vocab_size, (2, 2, T), generator=torch.manual_seed(0)).to(device)
     ours = model(source, target) if bart else model(source)
     kind = transformers.BartForConditionalGeneration if bart else transformers.GPT2LMHeadModel
@@ -97,33 +221,27 @@ def save_random(directory, name, dtype):
     save_pretrained(directory, random_model(name, DTYPES[dtype], "cpu"))
 
 
-def measure_random(args):
-    """measure_loading of a random model, written for that and removed afterwards."""
-    if args.random not in PRESETS:
-        raise UserError(f"--random {args.random!r:.60} is not one of {', '.join(PRESETS)}")
-    dtype, folder = args.dtype or "float32", tempfile.gettempdir()
-    need = count_parameters(PRESETS[args.random].get_preset_config(args.random)) * DTYPES[dtype].itemsize
-    if 1.1 * need > (free := shutil.disk_usage(folder).free):
-        raise UserError(f"{args.random} needs {need / 2**30:.1f} GiB in {folder}, and {free / 2**30:.1f} GiB are free "
-                        f"there: set TMPDIR to a folder with more")
-    with tempfile.TemporaryDirectory() as directory:
-        fresh(save_random, directory, args.random, dtype)
-        return measure_loading(directory, args)
+def check_disk(folder, name, dtype):
+    """Raise UserError if a random model does not fit where it is to be written."""
+    need, free = count_parameters(preset_config(name)) * DTYPES[dtype].itemsize, shutil.disk_usage(folder).free
+    if 1.1 * need > free:
+        raise UserError(f"{name} needs {need / 2**30:.1f} GiB in {folder}, and {free / 2**30:.1f} GiB are free there: "
+                        f"set TMPDIR to a folder with more")
 
 
 def measure_loading(directory, args):
     """What loading costs, as a dict."""
-    directory = os.path.abspath(directory)
-    paths = sorted(map(str, Path(directory).glob("*.safetensors")))
+    paths = sorted(map(str, Path(directory).absolute().glob("*.safetensors")))
     if not paths:
         raise UserError(f"{directory} has no *.safetensors: pass the directory of a model")
+    directory = os.path.dirname(paths[0])
     measure_read(paths)  # from here on they are in the page cache
     read, loaded = zip(*((fresh(measure_read, paths), fresh(measure_load, directory, args.dtype, args.device))
                          for _ in range(args.pairs)))
-    load, size = [l["seconds"] for l in loaded], sum(map(os.path.getsize, paths))
+    seconds, size = [l["seconds"] for l in loaded], sum(map(os.path.getsize, paths))
     result = {"model": args.random or args.model, "dtype": loaded[0]["dtype"], "device": args.device,
-              "file_bytes": size, "machine": machine(args.device), "read_seconds": read, "load_seconds": load,
-              "ratios": [b / a for a, b in zip(read, load)], "memory_ratio": max(l["bytes"] for l in loaded) / size,
+              "file_bytes": size, "machine": machine(args.device), "read_seconds": read, "load_seconds": seconds,
+              "ratios": [b / a for a, b in zip(read, seconds)], "memory_ratio": max(l["bytes"] for l in loaded) / size,
               "gpu_memory_ratio": max(l["gpu_bytes"] for l in loaded) / size}
     return result | (fresh(measure_parity, directory, args.device) if args.parity else {})
 
@@ -143,24 +261,52 @@ def report_loading(r):
 # -----------------------------------------------------------------------------
 
 
+def add_load(parser):
+    add = parser.add_argument
+    add("--model", metavar="DIR", help="a Hugging Face directory")
+    add("--random", metavar="PRESET", choices=PRESETS, help=f"a random model: {', '.join(PRESETS)}")
+    add("--dtype", choices=sorted(DTYPES), help="of the loaded weights; default: as in the file")
+    add("--device", default="cpu", help="auto, cpu, cuda or mps")
+    add("--pairs", type=int, default=7, help="measurements of each kind")
+    add("--parity", action="store_true", help="compare the logits with transformers' in fp32")
+    add("--json", action="store_true", help="one JSON object")
+
+
+def load(args):
+    if args.pairs < 1:
+        raise UserError(f"--pairs {args.pairs} must be at least 1")
+    if (args.model is None) == (args.random is None):
+        raise UserError("give one of --model DIR and --random PRESET")
+    args.device = pick_device(args.device)
+    with tempfile.TemporaryDirectory() as folder:
+        if args.random:
+            check_disk(tempfile.gettempdir(), args.random, args.dtype or "float32")
+            fresh(save_random, folder, args.random, args.dtype or "float32")
+        result = measure_loading(args.model or folder, args)
+    print(json.dumps(result) if args.json else report_loading(result))
+
+
 def main(args=None):
     parser = Parser(prog="bench.py", description=__doc__)
     sections = parser.add_subparsers(dest="section", required=True)
-    load = sections.add_parser("load", description="load_pretrained beside reading the file")
-    which = load.add_mutually_exclusive_group(required=True)
-    which.add_argument("--model", metavar="DIR", help="a Hugging Face directory")
-    which.add_argument("--random", metavar="PRESET", help=f"a random model: {', '.join(PRESETS)}")
-    load.add_argument("--dtype", choices=sorted(DTYPES), help="of the loaded weights; default: as in the file")
-    load.add_argument("--device", default="cpu", help="auto, cpu, cuda or mps")
-    load.add_argument("--pairs", type=int, default=7, help="measurements of each kind")
-    load.add_argument("--parity", action="store_true", help="compare the logits with transformers' in fp32")
-    load.add_argument("--json", action="store_true", help="one JSON object")
+    decoding = {"compare": (print_comparison, "every strategy on the same input: what it writes, what it costs"),
+                "trace": (print_trace, "the shape of every matrix product, which are fixed and which grow"),
+                "report": (write_report, "a page that shows the decoding step by step")}
+    for name, (_, what) in decoding.items():
+        section = sections.add_parser(name, description=what)
+        cli.add_arguments(section)
+        cli.add_random(section)
+        if name == "trace":
+            section.add_argument("--strategy", help="naive, hoisted (BART) or cached, which is the default")
+        if name == "report":
+            section.add_argument("--output", metavar="FILE.html", required=True, help="where the page is written")
+    add_load(sections.add_parser("load", description="load_pretrained beside reading the file"))
     args = parser.parse_args(args)
-    if args.pairs < 1:
-        raise UserError(f"--pairs {args.pairs} must be at least 1")
-    args.device = pick_device(args.device)
-    result = measure_random(args) if args.random else measure_loading(args.model, args)
-    print(json.dumps(result) if args.json else report_loading(result))
+    if args.section == "load":
+        return load(args)
+    if args.section != "compare" and args.num_samples > 1:
+        raise UserError(f"{args.section} shows one text: leave out --num-samples {args.num_samples}")
+    decoding[args.section][0](cli.read(args), args)
 
 
 if __name__ == "__main__":

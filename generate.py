@@ -5,14 +5,14 @@ Generate text: one loop, and three ways to make its step cheap.
     python generate.py --model out/bart-headline --prompt-file article.txt
     echo "The for statement" | python generate.py --model out/gpt-tiny -
 
-The loop never changes: run a step, choose a token from its logits, append it. A *strategy* is a step:
+The loop never changes: a step finds the next id of every row, and it is appended. A *strategy* is a step:
 
     naive     run the whole model on the whole text, for every token
     hoisted   (BART) encode the source once, run the decoder on the whole target for every token
-    cached    prefill: everything enters once and its keys and values are stored; then only the newest token enters
+    cached    keep keys and values: what is not stored yet enters, first the prompt (prefill), then the newest token
 
-All three give the same logits; what differs is what a step costs. Ragged batches are the normal case: rows are padded
-on the right, and every row decodes at its own position. Padding lies in a row's future, so causality hides it.
+All three give the same logits; they differ in what stands before the step. Ragged batches are the normal case: rows are
+padded on the right, and every row decodes at its own position. Padding lies in a row's future, so causality hides it.
 """
 
 import json
@@ -22,68 +22,101 @@ import time
 import torch
 
 import cost
-from attention import Attention, CausalSelfAttention, KVCache
-from model import BART
-from plumbing import cli, report
+from plumbing import cli
 from plumbing.errors import UserError, run
 from plumbing.tokenizers import StreamDecoder
-from sampling import Choice
+from sampling import Choice, Chooser
 
 # -----------------------------------------------------------------------------
-# The strategies. Each makes a step: tokens (B, longest), lengths (B ints) -> logits (B, V) of the token that comes
-# next in each row. source is None for GPT, for BART the arguments of its encode().
+# A pass over ragged rows
 
 
-def read(model, source):
-    """What a decoder needs to know of its source, as arguments of model.features; nothing for GPT."""
-    return {} if source is None else {"memory": model.encode(*source), "source_lengths": source[1]}
+def pad(rows, device, value=0):
+    """Lists of ids as a tensor (B, longest), padded on the right with value."""
+    width = max(map(len, rows))
+    return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows], dtype=torch.long, device=device)
 
 
-def head(model, x, ends):
-    """The logits of one position per row, x (B, T, C) -> (B, V): no other position passes through the output head."""
-    rows = torch.arange(x.size(0), device=x.device)
-    return model.lm_head(x[rows, torch.tensor(ends, device=x.device) - 1])
+@torch.inference_mode()
+def advance(model, rows, cache=None, memory=None, last=1):
+    """
+    Let what is not stored yet of each row enter the model: a prompt, a token, a chunk, a turn of a conversation; without
+    a cache everything. Returns the logits (B, last, V) of the last positions of each row: no others pass through the
+    output head. rows: B lists of ids; what is stored of one must be its beginning, so who changes his mind rewinds.
+
+    cache, memory: from model.new_cache() and BART's model.project(). Raises ValueError if a row has fewer than `last`
+    ids that are not stored, or where the cache does.
+    """
+    stored = cache.filled if cache else [0] * len(rows)
+    new = [row[n:] for row, n in zip(rows, stored, strict=True)]
+    if min(map(len, new)) < last:
+        raise ValueError(f"{last} new ids of every row are needed, and {list(map(len, new))} are not stored yet: rewind")
+    idx = pad(new, model.wte.weight.device)  # (B, T)
+    source = {} if memory is None else {"memory": memory}
+    x = model.features(idx, cache=cache, start_pos=stored if cache else 0, **source)  # (B, T, C)
+    if cache:
+        cache.rewind([len(row) for row in rows])  # of what was stored, the padding is forgotten
+    ends = torch.tensor([range(len(ids) - last, len(ids)) for ids in new], device=idx.device)  # (B, last)
+    return model.lm_head(x[torch.arange(len(rows), device=idx.device)[:, None], ends])
 
 
-def naive(model, source):
-    def step(tokens, lengths):
-        return head(model, model.features(tokens, **read(model, source)), lengths)
+@torch.inference_mode()
+def encode(model, sources):
+    """B sources, lists of ids, as the arguments of project(): what the encoder made of them, and their lengths."""
+    if sources is None:  # a GPT
+        return None, None
+    lengths, device = [len(source) for source in sources], model.wte.weight.device
+    lengths = torch.tensor(lengths, device=device) if len(set(lengths)) > 1 else None  # None: nothing is padded
+    return model.encode(pad(sources, device, model.config.pad_id), lengths), lengths
+
+
+@torch.inference_mode()
+def project(model, encoded, lengths):
+    return None if encoded is None else model.project(encoded, lengths)
+
+
+# -----------------------------------------------------------------------------
+# The strategies. Each makes a step(rows, which) -> the new ids of each row, one or more. rows: lists of ids, the texts
+# so far; which: their numbers in the request, in order, because rows that have ended leave the batch. sources: None for
+# a GPT. room: the length of the longest row when it is complete. choose: a Chooser.
+
+
+def naive(model, sources, B, room, choose):
+    def step(rows, which):
+        memory = project(model, *encode(model, sources and [sources[r] for r in which]))
+        return choose(advance(model, rows, None, memory)[:, 0], rows, which)
 
     return step
 
 
-def hoisted(model, source):
-    given = None
+def hoisted(model, sources, B, room, choose):
+    encoded, lengths = encode(model, sources)
 
-    def step(tokens, lengths):
-        nonlocal given
-        given = given or read(model, source)
-        return head(model, model.features(tokens, **given), lengths)
+    def step(rows, which):
+        memory = project(model, encoded[which], None if lengths is None else lengths[which])
+        return choose(advance(model, rows, None, memory)[:, 0], rows, which)
 
     return step
 
 
-def cached(model, source):
-    given = None
+def cached(model, sources, B, room, choose):
+    memory = project(model, *encode(model, sources))
+    cache, held = model.new_cache(B, room), list(range(B))
 
-    def step(tokens, lengths):
-        nonlocal given
-        if given is None:  # prefill
-            new, start_pos, ends = tokens, 0, lengths
-            given = read(model, source)
-        else:  # decode: the newest token of each row, at its own position; the source is in the cache
-            last = torch.tensor(lengths, device=tokens.device)[:, None] - 1  # (B, 1)
-            new, ends = tokens.gather(1, last), [1] * len(lengths)
-            start_pos = lengths[0] - 1 if len(set(lengths)) == 1 else last
-            given = dict.fromkeys(given)
-        return head(model, model.features(new, use_kv_cache=True, start_pos=start_pos, **given), ends)
+    def step(rows, which):
+        nonlocal memory, held
+        if which != held:  # some have ended: the others move together
+            kept = [held.index(r) for r in which]
+            cache.reorder(kept)
+            memory, held = memory and memory.take(kept), which
+        return choose(advance(model, rows, cache, memory)[:, 0], rows, which)
 
     return step
 
 
 def strategies(model):
     """The strategies that a model has, the most wasteful first."""
-    hoist = {"hoisted": hoisted} if isinstance(model, BART) else {}
+    hoist = {"hoisted": hoisted} if model.config.is_encoder_decoder else {}
     return {"naive": naive, **hoist, "cached": cached}
 
 
@@ -91,34 +124,25 @@ def strategies(model):
 # The loop
 
 
-class Borrowed:
+def loop(step, rows, max_new_tokens, ended):
     """
-    A model on loan, one step at a time: inside `with borrowed:` it is in eval mode, keeps no gradients and has this
-    loan's caches; outside it is as it was found, also after an exception and while other loans are open.
+    The loop: whatever the step, append what it found. ended: a row's number and its ids so far -> whether it is
+    complete; asked after every id. Yields B lists of new ids, empty for a row that has ended.
     """
-
-    def __init__(self, model, batch_size, length):
-        self.modules = list(model.modules())
-        self.caches = {m: KVCache(batch_size, length) if isinstance(m, CausalSelfAttention) else None
-                       for m in self.modules if isinstance(m, Attention)}
-
-    def swap(self):
-        for layer, cache in self.caches.items():
-            layer.cache, self.caches[layer] = cache, layer.cache
-
-    def __enter__(self):
-        self.training = [m for m in self.modules if m.training]
-        for m in self.training:
-            m.training = False
-        self.swap()
-        self.mode = torch.inference_mode()
-        self.mode.__enter__()
-
-    def __exit__(self, *error):
-        self.mode.__exit__(*error)
-        self.swap()
-        for m in self.training:
-            m.training = True
+    rows, alive = [list(row) for row in rows], list(range(len(rows)))
+    limits = [len(row) + max_new_tokens for row in rows]
+    while alive:
+        found, going = [[] for _ in rows], []
+        for r, ids in zip(alive, step([rows[r] for r in alive], alive)):
+            for i in ids:  # one, or several if the step is speculative
+                rows[r].append(i)
+                found[r].append(i)
+                if len(rows[r]) == limits[r] or ended(r, rows[r]):
+                    break
+            else:
+                going.append(r)
+        alive = going
+        yield found
 
 
 def check_ids(what, rows, config, least=1):
@@ -131,73 +155,47 @@ def check_ids(what, rows, config, least=1):
                 raise UserError(f"{what} {r} has the id {i!r}: ids are integers from 0 to {config.vocab_size - 1}")
 
 
-def pad(rows, width, value, device):
-    """Lists of ids as a tensor (B, width), padded on the right with value."""
-    return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows], dtype=torch.long, device=device)
-
-
 def prepare(model, prompts, max_new_tokens, decoder_prompts):
-    """Check a request and sort it into the source (None for GPT) and the B texts that the decoder continues."""
-    config, device = model.config, next(model.parameters()).device
-    source, texts = None, prompts
+    """Check a request and sort it into sources (None for a GPT) and the B rows that the decoder continues."""
+    config, sources, rows = model.config, None, prompts
     check_ids("prompt", prompts, config)
-    if isinstance(model, BART):
-        lengths = [len(prompt) for prompt in prompts]
-        longest = max(lengths, default=0)
+    if config.is_encoder_decoder:
+        sources, longest = prompts, max(map(len, prompts), default=0)
         if longest > config.block_size:
             raise UserError(f"a source of {longest} tokens does not fit block_size={config.block_size}: shorten it")
-        ragged = torch.tensor(lengths, device=device) if min(lengths, default=0) < longest else None
-        source = pad(prompts, longest, config.pad_id, device), ragged
         starts = [[]] * len(prompts) if decoder_prompts is None else decoder_prompts
         check_ids("decoder prompt", starts, config, least=0)
-        texts = [[config.start_id, *start] for start in starts]
+        rows = [[config.start_id, *start] for start in starts]
     elif decoder_prompts is not None:
         raise UserError("decoder_prompts are for an encoder-decoder: a GPT continues its prompts themselves")
-    if len(texts) != len(prompts):
-        raise UserError(f"{len(texts)} decoder prompts for {len(prompts)} sources: give one for each")
+    if len(rows) != len(prompts):
+        raise UserError(f"{len(rows)} decoder prompts for {len(prompts)} sources: give one for each")
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens={max_new_tokens} must be at least 1")
-    longest = max(map(len, texts), default=0)
+    longest = max(map(len, rows), default=0)
     if longest + max_new_tokens > config.block_size:
         raise UserError(f"{longest} tokens and max_new_tokens={max_new_tokens} do not fit "
                         f"block_size={config.block_size}: shorten the prompt or ask for fewer")
-    return source, texts
+    return sources, rows
 
 
 def stream(model, prompts, max_new_tokens, *, strategy="cached", decoder_prompts=None, ignore_eos=False, **choice):
     """
-    generate(), one step at a time: yields lists of B ids, None for a row that has ended. Whatever is wrong with the
-    request is found out here, before the first step. Between two steps the model is free for other use.
+    generate(), one step at a time: an iterator of B lists of new ids, empty for a row that has ended. Whatever is wrong
+    with the request is found out here, before anything is computed.
     """
     if strategy not in strategies(model):
         raise UserError(f"strategy={strategy!r} is not one of those this model has: {', '.join(strategies(model))}")
-    device = next(model.parameters()).device
-    eos_id = None if ignore_eos else model.config.eos_id
-    choose = Choice(**choice).chooser(device, eos_id)
     forced = [choice[key] for key in ("forced_first", "forced_last") if choice.get(key) is not None]
     check_ids("the list of forced ids", [forced], model.config, least=0)
-    source, texts = prepare(model, prompts, max_new_tokens, decoder_prompts)
-    return loop(model, strategies(model)[strategy](model, source), texts, max_new_tokens, choose, eos_id)
-
-
-def loop(model, step, texts, max_new_tokens, choose, eos_id):
-    """The loop: whatever the strategy, step, choose, append."""
-    texts, alive = [list(text) for text in texts], [True] * len(texts)
-    room = max(map(len, texts), default=0) + max_new_tokens
-    tokens = pad(texts, room, 0, next(model.parameters()).device)  # (B, room)
-    borrowed = Borrowed(model, len(texts), room)
-    for left in reversed(range(max_new_tokens)):
-        if not any(alive):
-            return
-        lengths = [len(text) for text in texts]
-        with borrowed:
-            ids = choose(step(tokens[:, : max(lengths)], lengths), texts, left == 0)  # (B,)
-            tokens[range(len(texts)), lengths] = ids
-        ids = ids.tolist()
-        for text, i in zip(texts, ids):
-            text.append(i)
-        yield [i if a else None for i, a in zip(ids, alive)]
-        alive = [a and i != eos_id for i, a in zip(ids, alive)]
+    sources, rows = prepare(model, prompts, max_new_tokens, decoder_prompts)
+    ends = [] if ignore_eos else model.config.end_ids
+    limits = [len(row) + max_new_tokens for row in rows]
+    choose = Chooser(Choice(**choice), model.wte.weight.device, ends, limits)
+    if not rows:
+        return iter(())
+    step = strategies(model)[strategy](model, sources, len(rows), max(limits), choose)
+    return loop(step, rows, max_new_tokens, lambda r, row: row[-1] in ends)
 
 
 def generate(model, prompts, max_new_tokens, *, strategy="cached", decoder_prompts=None, ignore_eos=False, **choice):
@@ -209,14 +207,15 @@ def generate(model, prompts, max_new_tokens, *, strategy="cached", decoder_promp
     tokens. ignore_eos: go on to max_new_tokens in every row. The rest are fields of Choice: temperature=0.0
     (greedy), top_k, top_p, min_p, seed and so on.
 
-    Raises UserError (a ValueError) if the request is not possible or does not fit block_size, before anything is
-    computed; NonFiniteError if the logits are not numbers.
+    The model may be in train mode and in use elsewhere, in other threads too: nothing of a decoding is kept on it, and
+    there is no dropout where no gradients are recorded. Raises UserError (a ValueError) if the request is not possible,
+    e.g. prompt + max_new_tokens > block_size, before anything is computed; NonFiniteError if the logits are no numbers.
     """
     rows = [[] for _ in prompts]
-    for ids in stream(model, prompts, max_new_tokens, strategy=strategy, decoder_prompts=decoder_prompts,
-                      ignore_eos=ignore_eos, **choice):
-        for row, i in zip(rows, ids):
-            row.extend([] if i is None else [i])
+    for found in stream(model, prompts, max_new_tokens, strategy=strategy, decoder_prompts=decoder_prompts,
+                        ignore_eos=ignore_eos, **choice):
+        for row, ids in zip(rows, found):
+            row += ids
     return rows
 
 
@@ -224,100 +223,46 @@ def generate(model, prompts, max_new_tokens, *, strategy="cached", decoder_promp
 # The command line
 
 
-def write_text(model, tokenizer, prompt, ids, args, choice):
+def write_text(request):
     """Generate and print: one sample as it comes, several, which are one batch, at the end. Returns ids and seconds."""
-    steps = stream(model, [ids] * args.num_samples, args.max_new_tokens, strategy=args.strategy,
-                   ignore_eos=args.ignore_eos, **choice)
-    shown = "" if isinstance(model, BART) else prompt
-    live = args.num_samples == 1 and not args.no_stream and not args.json
+    tokenizer, shown = request.tokenizer, "" if request.model.config.is_encoder_decoder else request.prompt
+    live = request.num_samples == 1 and request.live
     say = (lambda text: print(text, end="", flush=True)) if live else (lambda text: None)
-    rows, seconds, decoder = [[] for _ in range(args.num_samples)], [], StreamDecoder(tokenizer)
-    say(shown)
+    rows, seconds, decoder = [[] for _ in range(request.num_samples)], [], StreamDecoder(tokenizer)
     start = time.perf_counter()
-    for step in steps:
+    steps = stream(request.model, *request.batch(), **request.options)
+    say(shown)
+    for found in steps:
         seconds.append(time.perf_counter() - start)
         start += seconds[-1]
-        for row, i in zip(rows, step):
-            row.extend([] if i is None else [i])
-        say(decoder.push(step[0]))
+        for row, ids in zip(rows, found):
+            row += ids
+        say("".join(map(decoder.push, found[0])))
     say(decoder.flush() + "\n")
     for n, row in enumerate([] if live else rows):
         text = tokenizer.decode(row)
         plain = ("---\n" if n else "") + shown + text
-        print(json.dumps({"prompt": prompt, "text": text, "ids": row}) if args.json else plain)
+        print(json.dumps({"prompt": request.prompt, "text": text, "ids": row}) if request.json else plain)
     return rows, seconds
 
 
-def show_stats(model, ids, rows, seconds, args):
+def show_stats(request, rows, seconds):
     """What the generation took, on stderr."""
-    S = (1 if isinstance(model, BART) else len(ids)) + args.max_new_tokens
-    bytes_ = cost.predict(model.config, args.strategy, len(ids), args.max_new_tokens, len(rows),
-                          model.wte.weight.element_size())["self_cache_bytes"]
+    config, N = request.model.config, len(request.ids)
+    S = (1 if config.is_encoder_decoder else N) + request.max_new_tokens
+    bytes_ = cost.predict(config, request.options["strategy"], N, request.max_new_tokens, len(rows),
+                          request.model.wte.weight.element_size())["self_cache_bytes"]
     later = seconds[1:] or [0.0]
-    print(f"{len(ids)} prompt tokens, first token after {1e3 * seconds[0]:.1f} ms; {sum(map(len, rows))} new tokens, "
+    print(f"{N} prompt tokens, first token after {1e3 * seconds[0]:.1f} ms; {sum(map(len, rows))} new tokens, "
           f"{1e3 * sum(later) / len(later):.2f} ms per step after it; cache of {S} positions, {bytes_:,} bytes",
           file=sys.stderr)
 
 
-def compare(model, ids, args, choice):
-    """Every strategy on the same input: the result of cost.compare."""
-    def start(strategy):
-        return lambda: stream(model, [ids] * args.num_samples, args.max_new_tokens, strategy=strategy,
-                              ignore_eos=args.ignore_eos, **choice)
-
-    return cost.compare(model, {name: start(name) for name in strategies(model)}, len(ids), args.num_samples)
-
-
-def trace(model, ids, args, choice):
-    """The cost.Cost of a generation, and that of one teacher-forced pass over the same tokens, as in training."""
-    with cost.count(model) as counted:
-        new = generate(model, [ids], args.max_new_tokens, strategy=args.strategy, ignore_eos=args.ignore_eos,
-                       **choice)[0]
-    texts = [ids, [model.config.start_id, *new[:-1]]] if isinstance(model, BART) else [ids + new[:-1]]
-    with cost.count(model) as training, torch.no_grad():
-        model(*(torch.tensor([text], device=model.wte.weight.device) for text in texts))
-    return counted, training
-
-
-def write_report(model, tokenizer, ids, args, choice):
-    """Compare the strategies, collect the attention weights of a cached run, and write both as a page."""
-    bart, M, config = isinstance(model, BART), args.max_new_tokens, model.config
-    T = (1 if bart else len(ids)) + M - 1
-    report.check_size(config.n_head * len(model.decoder_layers()) * T * (T + bart * len(ids)))
-    report.check_path(args.report)
-    result = compare(model, ids, args, choice)
-    with cost.attention_weights(model) as weights:
-        new = generate(model, [ids], M, ignore_eos=args.ignore_eos, **choice)[0]
-    weights = {kind: [cost.matrix(calls)[0] for calls in layers if calls] for kind, layers in weights.items()}
-    show = tokenizer.show if tokenizer else str
-    source, target = (ids, [config.start_id, *new]) if bart else ([], ids + new)
-    report.write_report(args.report, result, [show(i) for i in source], [show(i) for i in target], weights)
-    print(f"wrote {args.report}", file=sys.stderr)
-    return result
-
-
 def main(args=None):
-    args = cli.parse(__doc__, args)
-    model, tokenizer, published = cli.load(args)
-    prompt, ids = cli.read_prompt(args, model, tokenizer)
-    choice = cli.choice(args, model, tokenizer, published, ids)
-    if args.trace:
-        counted, training = trace(model, ids, args, choice)
-        print(counted.jsonl() if args.json else counted.table(training), end="")
-    elif args.compare or args.report:
-        result = (write_report(model, tokenizer, ids, args, choice) if args.report
-                  else compare(model, ids, args, choice))
-        if args.json:
-            print(json.dumps(result))
-        else:
-            for done in result["strategies"] if tokenizer else []:
-                text = tokenizer.decode(done["ids"][0])
-                print(f"--- {done['strategy']}\n{'' if isinstance(model, BART) else prompt}{text}\n")
-            print(report.comparison_table(result), end="")
-    else:
-        rows, seconds = write_text(model, tokenizer, prompt, ids, args, choice)
-        if args.stats:
-            show_stats(model, ids, rows, seconds, args)
+    request = cli.read(cli.parse(__doc__, args))
+    rows, seconds = write_text(request)
+    if request.stats:
+        show_stats(request, rows, seconds)
 
 
 if __name__ == "__main__":

@@ -4,27 +4,69 @@ GPT and BART, from the same parts.
 GPT is GPT-2's decoder (Radford et al. 2019): learned positions, layer norm before each sublayer, tanh GELU, output
 head tied to the embedding. BART is the encoder-decoder of Lewis et al. 2019: layer norm after each sublayer, exact
 GELU, one embedding shared by encoder, decoder and head, and cross-attention between the two. Both compute logits; the
-loss belongs to whoever trains them.
-
-Parameters carry GPT-2's own names (wte, wpe, h, ln_1, attn, c_attn, c_proj, mlp, c_fc); plumbing/weights.py maps them
-to Hugging Face's.
+loss belongs to whoever trains them. Parameters carry GPT-2's own names; plumbing/weights.py knows Hugging Face's.
+Shapes: B rows, T new tokens of a target, N tokens of a source, C n_embd, V vocab_size.
 """
 
 import math
 from dataclasses import dataclass, fields, replace
+from typing import ClassVar
 
 import torch
 import torch.nn as nn
 
-from attention import CausalSelfAttention, CrossAttention, SelfAttention, in_step
+from attention import CausalSelfAttention, CrossAttention, Dropout, SelfAttention, head_sizes, key_positions
+from cache import KVCache, Memory, passing
 from plumbing.errors import UserError
 
 # -----------------------------------------------------------------------------
 # Configurations. Slots make a misspelt field an error. The defaults are GPT-2's and BART-base's.
 
 
+class Config:
+    """What follows from the fields of either configuration."""
+
+    __slots__ = ()
+
+    @property
+    def kv_width(self):
+        """Columns of the keys of one position: n_kv_head * head_dim."""
+        _, KV, D = head_sizes(self)
+        return KV * D
+
+    @property
+    def inner(self):
+        """Width of the feed-forward layer."""
+        return self.n_inner or 4 * self.n_embd
+
+    @property
+    def end_ids(self):
+        """The ids that end a text, a list: eos_id may be None, one, or several."""
+        return [] if self.eos_id is None else [self.eos_id] if isinstance(self.eos_id, int) else list(self.eos_id)
+
+    def validate(self):
+        """Raise UserError on what cannot be, before anything is allocated."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name.startswith(("n_", "vocab_", "block_", "max_")) and value is not None and value < 1:
+                raise UserError(f"{field.name}={value} must be at least 1")
+            if field.name.endswith("pdrop") and not 0 <= value < 1:
+                raise UserError(f"{field.name}={value} is a probability: choose it from 0 to below 1")
+            if field.name == "layer_norm_eps" and not 0 < value < 1:
+                raise UserError(f"layer_norm_eps={value} must be above 0 and below 1, and is usually 1e-5")
+            for i in value if isinstance(value, list) else [value]:
+                if field.name.endswith("_id") and i is not None and not 0 <= i < self.vocab_size:
+                    raise UserError(f"{field.name}={i} is outside the vocabulary of {self.vocab_size} (ids from 0)")
+        try:
+            head_sizes(self)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+
+
 @dataclass(slots=True)
-class GPTConfig:
+class GPTConfig(Config):
+    is_encoder_decoder: ClassVar[bool] = False
+
     n_layer: int = 12
     n_head: int = 12
     n_kv_head: int | None = None   # key/value heads: None = n_head, 1 = multi-query, between = grouped-query
@@ -32,21 +74,19 @@ class GPTConfig:
     n_inner: int | None = None     # width of the feed-forward layer, None = 4 * n_embd
     vocab_size: int = 50257
     block_size: int = 1024         # positions
-    max_batch_size: int = 64       # rows of the cache that an attention layer makes for itself
+    max_batch_size: int = 64       # rows of the cache that an attention layer on its own makes for itself
     embd_pdrop: float = 0.1        # dropout, as probabilities
     attn_pdrop: float = 0.1
     resid_pdrop: float = 0.1
     layer_norm_eps: float = 1e-5
     tie_weights: bool = True       # the output head is the embedding matrix
-    eos_id: int | None = None      # the id that ends a text, if there is one
-
-    def validate(self):
-        check_fields(self)
-        positive(self, "n_layer")
+    eos_id: int | list | None = None  # the id that ends a text, or several, if there is one
 
 
 @dataclass(slots=True)
-class BARTConfig:
+class BARTConfig(Config):
+    is_encoder_decoder: ClassVar[bool] = True
+
     n_encoder_layer: int = 6
     n_decoder_layer: int = 6
     n_head: int = 12
@@ -64,35 +104,8 @@ class BARTConfig:
     tie_weights: bool = True       # one embedding matrix for the source, the target and the output head
     bos_id: int = 0
     pad_id: int = 1
-    eos_id: int = 2
+    eos_id: int | list = 2
     start_id: int = 2              # what the decoder starts from: BART was trained to start from its end token
-
-    def validate(self):
-        check_fields(self)
-        positive(self, "n_encoder_layer", "n_decoder_layer")
-
-
-def positive(config, *names):
-    for name in names:
-        if getattr(config, name) is not None and getattr(config, name) < 1:
-            raise UserError(f"{name}={getattr(config, name)} must be at least 1")
-
-
-def check_fields(config):
-    """What both configurations must satisfy, found out before anything is allocated. Raises UserError."""
-    positive(config, "n_head", "n_kv_head", "n_embd", "n_inner", "vocab_size", "block_size", "max_batch_size")
-    kv = config.n_head if config.n_kv_head is None else config.n_kv_head
-    if config.n_embd % config.n_head or config.n_head % kv:
-        raise UserError(f"n_embd={config.n_embd} must be a multiple of n_head={config.n_head}, "
-                        f"and n_head of n_kv_head={kv}")
-    for field in fields(config):
-        value = getattr(config, field.name)
-        if field.name.endswith("pdrop") and not 0 <= value < 1:
-            raise UserError(f"{field.name}={value} is a probability: choose it from 0 to below 1")
-        if field.name == "layer_norm_eps" and not 0 < value < 1:
-            raise UserError(f"layer_norm_eps={value} must be above 0 and below 1, and is usually 1e-5")
-        if field.name.endswith("_id") and value is not None and not 0 <= value < config.vocab_size:
-            raise UserError(f"{field.name}={value} is outside the vocabulary of {config.vocab_size} (ids from 0)")
 
 
 # -----------------------------------------------------------------------------
@@ -104,11 +117,10 @@ class MLP(nn.Module):
 
     def __init__(self, config, activation):
         super().__init__()
-        inner = config.n_inner or 4 * config.n_embd
-        self.c_fc = nn.Linear(config.n_embd, inner)
+        self.c_fc = nn.Linear(config.n_embd, config.inner)
         self.act = activation
-        self.c_proj = nn.Linear(inner, config.n_embd)
-        self.dropout = nn.Dropout(config.resid_pdrop)
+        self.c_proj = nn.Linear(config.inner, config.n_embd)
+        self.dropout = Dropout(config.resid_pdrop)
 
     def forward(self, x):
         return self.dropout(self.c_proj(self.act(self.c_fc(x))))
@@ -121,15 +133,15 @@ def layer_norm(config):
 class Block(nn.Module):
     """GPT's layer: the norms stand before the sublayers, so the residual stream runs through untouched."""
 
-    def __init__(self, config):
+    def __init__(self, config, layer):
         super().__init__()
         self.ln_1 = layer_norm(config)
-        self.attn = CausalSelfAttention(config)
+        self.attn = CausalSelfAttention(config, layer)
         self.ln_2 = layer_norm(config)
         self.mlp = MLP(config, nn.GELU("tanh"))
 
-    def forward(self, x, use_kv_cache=False, start_pos=0):
-        x = x + self.attn(self.ln_1(x), use_kv_cache, start_pos)
+    def forward(self, x, pos, cache=None):
+        x = x + self.attn(self.ln_1(x), pos=pos, cache=cache)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -143,47 +155,42 @@ class EncoderLayer(nn.Module):
         self.mlp = MLP(config, nn.GELU())
         self.ln_2 = layer_norm(config)
 
-    def forward(self, x, lengths=None):
-        x = self.ln_1(x + self.attn(x, lengths))
+    def forward(self, x, pos, key_pos):
+        x = self.ln_1(x + self.attn(x, pos, key_pos))
         return self.ln_2(x + self.mlp(x))
 
 
 class DecoderLayer(nn.Module):
-    """BART's decoder layer: look at what has been written, then at the source, then think."""
+    """BART's decoder layer: look at what has been written, then at the source, if there is one, then think."""
 
-    def __init__(self, config):
+    def __init__(self, config, layer):
         super().__init__()
-        self.attn = CausalSelfAttention(config)
+        self.attn = CausalSelfAttention(config, layer)
         self.ln_1 = layer_norm(config)
         self.cross = CrossAttention(config)
         self.ln_cross = layer_norm(config)
         self.mlp = MLP(config, nn.GELU())
         self.ln_2 = layer_norm(config)
 
-    def forward(self, x, memory, lengths=None, use_kv_cache=False, start_pos=0):
-        x = self.ln_1(x + self.attn(x, use_kv_cache, start_pos))
-        x = self.ln_cross(x + self.cross(x, memory, lengths, use_kv_cache))
+    def forward(self, x, pos, cache=None, memory=None):
+        x = self.ln_1(x + self.attn(x, pos=pos, cache=cache))
+        if memory is not None:
+            x = self.ln_cross(x + self.cross(x, *memory.kv[self.attn.layer], memory.key_pos))
         return self.ln_2(x + self.mlp(x))
 
 
 class Model(nn.Module):
-    """What GPT and BART share: default and preset configurations, initialisation, and their decoder's caches."""
+    """What GPT and BART share: default and preset configurations, initialisation, and the caches of a decoder."""
 
     def __init__(self, config):
         super().__init__()
         config.validate()
         self.config = replace(config)  # our own copy: the caller's may change later
+        self.cache = None  # for use_kv_cache=True; whoever decodes otherwise brings their own
 
     @classmethod
     def get_default_config(cls):
         return cls.config_class()
-
-    @classmethod
-    def get_preset_config(cls, name):
-        """The configuration of a published size, e.g. "gpt2-xl" or "bart-base". Raises UserError on another name."""
-        if name not in cls.presets:
-            raise UserError(f"there is no preset {name!r}: choose one of {', '.join(cls.presets)}")
-        return cls.config_class(**cls.presets[name])
 
     def init_weights(self, n_residual):
         """
@@ -200,24 +207,22 @@ class Model(nn.Module):
     def count_parameters(self):
         return sum(p.numel() for p in self.parameters())  # tied weights count once
 
-    def positions(self, start_pos, T, device):
-        """Absolute positions of T new tokens: (T,), or (B, T) if start_pos is (B, 1)."""
-        if not isinstance(start_pos, torch.Tensor) and not 0 <= start_pos <= self.config.block_size - T:
-            raise ValueError(f"position {start_pos + T - 1} is beyond block_size={self.config.block_size} or below 0: "
-                             f"shorten the text or raise block_size")
-        return start_pos + torch.arange(T, device=device)
+    def new_cache(self, batch_size, length=None):
+        """A KVCache for one decoding: all layers, batch_size rows of `length` (default: block_size) positions."""
+        return KVCache(batch_size, length or self.config.block_size, len(self.decoder_layers()))
 
-    def rewind_kv_cache(self, position):
-        """Forget the cached positions from `position` on, e.g. to continue a prefix in another way."""
-        for layer in self.decoder_layers():
-            if layer.attn.cache is not None:
-                layer.attn.cache.rewind(position)
+    def own_cache(self, batch_size, start_pos):
+        """The cache that the model keeps for use_kv_cache=True. A new text of more rows than it has gets a new one."""
+        if self.cache is None or batch_size > self.cache.batch_size and isinstance(start_pos, int) and start_pos == 0:
+            self.cache = self.new_cache(batch_size)
+            for layer in self.decoder_layers():
+                layer.attn.cache = self.cache  # to be looked at: cache_k, cache_v
+        return self.cache
 
     def clear_kv_cache(self):
-        """Give the memory of the caches back."""
-        for module in self.modules():
-            if hasattr(module, "cache"):
-                module.cache = None
+        """Give the memory of the model's own cache back."""
+        for module in (self, *(layer.attn for layer in self.decoder_layers())):
+            module.cache = None
 
 
 # -----------------------------------------------------------------------------
@@ -227,19 +232,13 @@ class GPT(Model):
     """A decoder-only language model: ids (B, T) -> logits (B, T, V) for the token after each position."""
 
     config_class = GPTConfig
-    presets = {
-        "gpt2":        dict(n_layer=12, n_head=12, n_embd=768, eos_id=50256),   # 124M
-        "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024, eos_id=50256),  # 355M
-        "gpt2-large":  dict(n_layer=36, n_head=20, n_embd=1280, eos_id=50256),  # 774M
-        "gpt2-xl":     dict(n_layer=48, n_head=25, n_embd=1600, eos_id=50256),  # 1558M
-    }
 
     def __init__(self, config):
         super().__init__(config)
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
-        self.drop = nn.Dropout(config.embd_pdrop)
-        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.drop = Dropout(config.embd_pdrop)
+        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = layer_norm(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_weights:
@@ -249,13 +248,15 @@ class GPT(Model):
     def decoder_layers(self):
         return self.h
 
-    def features(self, idx, use_kv_cache=False, start_pos=0):
-        """Everything but the head, (B, T) -> (B, T, C): who wants one position's logits projects only that one."""
-        T = idx.size(1)
-        x = self.drop(self.wte(idx) + self.wpe(self.positions(start_pos, T, idx.device)))  # (B, T, C)
-        with in_step([block.attn for block in self.h] if use_kv_cache else [], start_pos, *idx.shape):
+    def features(self, idx, cache=None, start_pos=0):
+        """
+        Everything but the head, (B, T) -> (B, T, C): who wants one position's logits projects only that one. cache:
+        of a decoding, from new_cache(), which keeps what precedes idx; start_pos: see passing().
+        """
+        with passing(cache, start_pos, idx, self.config.block_size) as pos:  # (T,), or (B, T)
+            x = self.drop(self.wte(idx) + self.wpe(pos))  # (B, T, C)
             for block in self.h:
-                x = block(x, use_kv_cache, start_pos)
+                x = block(x, pos, cache)
         return self.ln_f(x)
 
     def forward(self, idx, use_kv_cache=False, start_pos=0):
@@ -263,17 +264,14 @@ class GPT(Model):
         idx: (B, T) int64, tokens at positions start_pos.. -> logits (B, T, V). With use_kv_cache, only the tokens
         that are not stored yet need to be passed; see CausalSelfAttention. Raises ValueError beyond block_size.
         """
-        return self.lm_head(self.features(idx, use_kv_cache, start_pos))
+        cache = self.own_cache(len(idx), start_pos) if use_kv_cache else None
+        return self.lm_head(self.features(idx, cache, start_pos))
 
 
 class BART(Model):
     """An encoder-decoder: it reads a source at once and writes a target token by token."""
 
     config_class = BARTConfig
-    presets = {
-        "bart-base":  dict(n_encoder_layer=6, n_decoder_layer=6, n_head=12, n_embd=768),     # 139M
-        "bart-large": dict(n_encoder_layer=12, n_decoder_layer=12, n_head=16, n_embd=1024),  # 406M
-    }
 
     def __init__(self, config):
         super().__init__(config)
@@ -284,63 +282,72 @@ class BART(Model):
         self.encoder = nn.ModuleList(EncoderLayer(config) for _ in range(config.n_encoder_layer))
         self.decoder_wpe = nn.Embedding(config.block_size, config.n_embd)
         self.decoder_ln = layer_norm(config)
-        self.decoder = nn.ModuleList(DecoderLayer(config) for _ in range(config.n_decoder_layer))
-        self.drop = nn.Dropout(config.embd_pdrop)
+        self.decoder = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.n_decoder_layer))
+        self.drop = Dropout(config.embd_pdrop)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size)
         self.lm_head.bias.requires_grad_(False)  # published models hold a constant here, zero almost everywhere
         if config.tie_weights:
             self.lm_head.weight = self.wte.weight
         self.init_weights(n_residual=1)  # norms after the sum keep the stream in scale by themselves
+        self.source = None  # of decode(use_kv_cache=True): what it was given, and its memory
 
     def decoder_layers(self):
         return self.decoder
 
-    def embed(self, ids, wte, wpe, ln, start_pos=0):
+    def embed(self, ids, wte, wpe, ln, pos):
         scale = math.sqrt(self.config.n_embd) if self.config.scale_embedding else 1.0
-        x = wte(ids) * scale + wpe(self.positions(start_pos, ids.size(1), ids.device))
-        return self.drop(ln(x))  # (B, T, C)
-
-    def check_lengths(self, lengths, N):
-        if lengths is not None and not (1 <= lengths.min() and lengths.max() <= N):
-            raise ValueError(f"source_lengths={lengths.tolist()} must lie between 1 and the width {N}")
+        return self.drop(ln(wte(ids) * scale + wpe(pos)))  # (B, T, C)
 
     def encode(self, source, source_lengths=None):
         """
-        source: (B, N) int64 -> memory (B, N, C). Rows shorter than N are padded on the right, with any valid id;
+        source: (B, N) int64 -> (B, N, C). Rows shorter than N are padded on the right, with any valid id;
         source_lengths: (B,) how many tokens count in each, None for all. Raises ValueError beyond block_size.
         """
-        N = source.size(1)
-        self.check_lengths(source_lengths, N)
-        x = self.embed(source, self.encoder_wte, self.encoder_wpe, self.encoder_ln)
-        for layer in self.encoder:
-            x = layer(x, source_lengths)
+        with passing(None, 0, source, self.config.block_size) as pos:
+            key_pos = key_positions(pos, source_lengths)
+            x = self.embed(source, self.encoder_wte, self.encoder_wpe, self.encoder_ln, pos)
+            for layer in self.encoder:
+                x = layer(x, pos, key_pos)
         return x
 
-    def features(self, target, memory, source_lengths=None, use_kv_cache=False, start_pos=0):
-        """decode() without the head, (B, T) -> (B, T, C)."""
-        cache, fresh = self.decoder[0].cross.cache, not isinstance(start_pos, torch.Tensor) and start_pos == 0
-        if use_kv_cache and not (fresh and memory is not None):  # the stored memory is meant
-            if cache is not None and not cache.of(memory, source_lengths) or cache is None and memory is not None:
-                raise ValueError(f"start_pos={start_pos} continues a target, but this memory is not the stored one: "
-                                 f"pass that tensor (or None), or start again at start_pos=0")
-            memory = None
-        elif memory is not None:
-            self.check_lengths(source_lengths, memory.size(1))
-        x = self.embed(target, self.wte, self.decoder_wpe, self.decoder_ln, start_pos)
-        caching = [part for layer in self.decoder for part in (layer.attn, layer.cross)] if use_kv_cache else []
-        with in_step(caching, start_pos, *target.shape):
+    def project(self, encoded, source_lengths=None):
+        """The Memory of sources, (B, N, C) from encode(): their keys and values for every layer, computed once."""
+        key_pos = key_positions(torch.arange(encoded.size(1), device=encoded.device), source_lengths)
+        return Memory([layer.cross.project(encoded) for layer in self.decoder], key_pos)
+
+    def features(self, target, memory=None, cache=None, start_pos=0):
+        """
+        Everything but the head, (B, T) -> (B, T, C). memory: from project(), of B sources, or of fewer whose rows
+        stand side by side; None for no source at all. cache and start_pos: as in GPT.
+        """
+        with passing(cache, start_pos, target, self.config.block_size) as pos:
+            x = self.embed(target, self.wte, self.decoder_wpe, self.decoder_ln, pos)
             for layer in self.decoder:
-                x = layer(x, memory, source_lengths, use_kv_cache, start_pos)
+                x = layer(x, pos, cache, memory)
         return x
 
-    def decode(self, target, memory, source_lengths=None, use_kv_cache=False, start_pos=0):
+    def decode(self, target, encoded, source_lengths=None, use_kv_cache=False, start_pos=0):
         """
-        target: (B, T) int64 at positions start_pos.., memory: (B, N, C) from encode() -> logits (B, T, V).
+        target: (B, T) int64 at positions start_pos.., encoded: (B, N, C) from encode(), or None -> logits (B, T, V).
 
-        With use_kv_cache the first call (start_pos=0) projects the memory's keys and values and stores them; later
-        calls read them, and may pass memory=None. Raises ValueError if they bring another memory.
+        With use_kv_cache the model keeps a cache of its own: the first call (start_pos=0) projects the source, later
+        calls read that, and may pass encoded=None. Raises ValueError if they bring another source.
         """
-        return self.lm_head(self.features(target, memory, source_lengths, use_kv_cache, start_pos))
+        if not use_kv_cache:
+            memory = None if encoded is None else self.project(encoded, source_lengths)
+            return self.lm_head(self.features(target, memory, None, start_pos))
+        source = self.source
+        if encoded is not None and isinstance(start_pos, int) and start_pos == 0:
+            with torch.no_grad():  # what is kept carries no gradient
+                lengths = None if source_lengths is None else source_lengths.clone()
+                source = encoded.clone(), lengths, self.project(encoded, lengths)
+        for given, kept in zip((encoded, source_lengths), source or (None, None)):
+            if given is not None and (kept is None or not torch.equal(given, kept)):
+                raise ValueError(f"start_pos={start_pos} continues a target, but this memory is not the stored one: "
+                                 f"pass the same (or None), or start again at start_pos=0")
+        x = self.features(target, source and source[2], self.own_cache(len(target), start_pos), start_pos)
+        self.source = source  # only now: a call that fails half-way leaves the source that was
+        return self.lm_head(x)
 
     def forward(self, source, target, source_lengths=None):
         """Teacher forcing: logits (B, M, V) of every target position at once, as in training."""

@@ -1,9 +1,13 @@
 """
 Choosing the next token from its logits: greedily, or by chance among the likely ones.
 
-This file knows logits and the texts so far, and nothing of where they come from.
+First RULES, which a model's publishers may set, forbid tokens; then comes the most likely one, or a draw, at a
+temperature, from what FILTERS leave of the likely ones. A new way of sampling is one entry in one of the two tables, and
+the field of Choice that has its name. This file knows logits and the rows so far, and nothing of where they come from.
+Shapes: B rows, V vocabulary.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -14,9 +18,8 @@ from plumbing.errors import NonFiniteError, UserError
 @dataclass(slots=True)
 class Choice:
     """
-    How a token is chosen from its logits. The default is greedy: the most likely one, the lowest id among equals.
-    First the rules that a model's publishers may set, then the filters top_k, top_p and min_p, each on what the one
-    before it left.
+    How a token is chosen from its logits. The default is greedy: the most likely one, the lowest id among equals. Each
+    filter works on what the one before it left.
     """
 
     temperature: float = 0.0            # logits are divided by this; 0 = greedy
@@ -25,10 +28,10 @@ class Choice:
     min_p: float | None = None          # keep those at least this fraction as likely as the most likely one
     seed: int | None = None             # of the draws; None = different every time
     n_vocab: int | None = None          # ids from here on are never chosen: a model's vocabulary may be padded
-    min_length: int = 0                 # no end before a text has this many tokens, the decoder's start included
-    no_repeat_ngram: int | None = None  # no sequence of this many tokens may occur twice in a text
+    min_length: int = 0                 # no end before a row has this many tokens, the decoder's start included
+    no_repeat_ngram: int | None = None  # no sequence of this many tokens may occur twice in a row
     forced_first: int | None = None     # the id that must follow the decoder's start token
-    forced_last: int | None = None      # the id that must come last if a text is as long as allowed
+    forced_last: int | None = None      # the id that must come last if a row is as long as allowed
 
     def validate(self):
         if not 0 <= self.temperature < float("inf"):
@@ -36,55 +39,93 @@ class Choice:
         for name, least in (("top_k", 1), ("no_repeat_ngram", 1), ("n_vocab", 1), ("seed", 0), ("min_length", 0)):
             value = getattr(self, name)
             if value is not None and not least <= value < 2**63:
-                raise UserError(f"{name}={value} must be at least {least}; leave it out for no such rule")
+                raise UserError(f"{name}={value} must be at least {least} and less than 2**63; leave it out for no such rule")
         for name in ("top_p", "min_p"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
                 raise UserError(f"{name}={value} is a probability: choose it from 0 to 1")
 
-    def chooser(self, device, eos_id):
-        """A function (logits (B, V), texts so far, whether it is the last step) -> ids (B,), with its own generator."""
-        self.validate()
-        generator = torch.Generator(device)
-        generator.seed() if self.seed is None else generator.manual_seed(self.seed)
 
-        def choose(logits, texts, is_last):
-            logits = logits[:, : self.n_vocab].to(torch.promote_types(logits.dtype, torch.float32))
-            if self.min_length or self.no_repeat_ngram or self.forced_first is not None or self.forced_last is not None:
-                logits = self.rule(logits.clone(), texts, is_last, eos_id)
-            if not logits.amax(-1).isfinite().all():
-                raise NonFiniteError("no token can be chosen from these logits: the weights are damaged, their dtype "
-                                     "overflows, or the rules forbid every token")
-            return logits.argmax(-1) if self.temperature == 0 else self.draw(logits, generator)
+# -----------------------------------------------------------------------------
+# Rules: what is forbidden in one row becomes minus infinity in its scores (V,). row: its ids so far; ends: the ids that
+# end it; limit: the length at which it is cut. Filters: of probabilities (B, K) in falling order, which to keep; the
+# first is always kept. Each is asked if the field of its name is set, and gets its value.
 
-        return choose
 
-    def rule(self, logits, texts, is_last, eos_id):
-        """Put what the rules forbid at minus infinity, in logits (B, V). texts: B lists of ids."""
-        for row, text in zip(logits, texts):
-            if n := self.no_repeat_ngram:
-                newest = text[len(text) + 1 - n :]  # n - 1 ids: whatever followed them before is forbidden now
-                for i in range(len(text) + 1 - n):
-                    if text[i : i + n - 1] == newest:
-                        row[text[i + n - 1]] = -torch.inf
-            if len(text) < self.min_length and eos_id is not None:
-                row[eos_id] = -torch.inf
-            for now, forced in ((len(text) == 1, self.forced_first), (is_last, self.forced_last)):
-                if now and forced is not None:
-                    row[:] = -torch.inf
-                    row[forced] = 0.0
-        return logits
+def no_repeat_ngram(scores, n, row, ends, limit):
+    newest = row[len(row) + 1 - n :]  # n - 1 ids: whatever followed them before is forbidden now
+    for i in range(len(row) + 1 - n):
+        if row[i : i + n - 1] == newest:
+            scores[row[i + n - 1]] = -torch.inf
 
-    def draw(self, logits, generator):
-        """Sample ids (B,) from logits (B, V) after the filters."""
-        most = logits.amax(-1, keepdim=True)  # relative to it nothing overflows, however small the temperature
-        probs = ((logits - most) / max(self.temperature, 1e-30)).softmax(-1)
-        probs, ids = probs.topk(min(self.top_k or probs.size(-1), probs.size(-1)))  # the most likely first
-        probs = probs / probs.sum(-1, keepdim=True)
-        if self.top_p is not None:
-            keep = probs.cumsum(-1) - probs < self.top_p  # what is more likely has not reached p yet
-            keep[:, 0] = True
-            probs = probs * keep
-        if self.min_p is not None:
-            probs = probs * (probs >= self.min_p * probs[:, :1])
-        return ids.gather(-1, torch.multinomial(probs, 1, generator=generator))[:, 0]
+
+def min_length(scores, n, row, ends, limit):
+    if len(row) < n:
+        scores[ends] = -torch.inf
+
+
+def force(scores, id, now):
+    if now:
+        scores[:] = -torch.inf
+        scores[id] = 0.0
+
+
+RULES = {
+    "no_repeat_ngram": no_repeat_ngram,
+    "min_length": min_length,
+    "forced_first": lambda scores, id, row, ends, limit: force(scores, id, len(row) == 1),
+    "forced_last": lambda scores, id, row, ends, limit: force(scores, id, len(row) + 1 == limit),
+}
+FILTERS = {  # top_k needs none: it is K, how many are put in order at all, which would take a tenth of a small step
+    "top_p": lambda probs, p: probs.cumsum(-1) - probs < p,  # what is more likely has not reached p yet
+    "min_p": lambda probs, p: probs >= p * probs[:, :1],
+}
+
+
+class Chooser:
+    """
+    Chooses by a Choice, with a random generator of its own. ends: the ids that end a row; limits: the length at which
+    each row of the request is cut, None for nowhere. A row is known by its number in the request, because rows that end leave the batch.
+    Raises UserError on a choice that makes no sense.
+    """
+
+    def __init__(self, choice, device="cpu", ends=(), limits=None):
+        choice.validate()
+        self.choice, self.ends, self.limits = choice, list(ends), limits
+        self.rules, self.filters = ([(function, getattr(choice, name)) for name, function in table.items()
+                                     if getattr(choice, name) != getattr(Choice(), name)] for table in (RULES, FILTERS))
+        self.generator = torch.Generator(device)
+        self.generator.seed() if choice.seed is None else self.generator.manual_seed(choice.seed)
+
+    def __call__(self, logits, rows, which):
+        """
+        logits (B, V) of what comes next in each of B rows, lists of ids; which: their numbers -> B lists of one id.
+        Raises NonFiniteError if no token can be chosen.
+        """
+        scores = self.scores(logits, rows, which)
+        ids = scores.argmax(-1, keepdim=True) if self.choice.temperature == 0 else self.draw(scores)  # (B, 1)
+        return ids.tolist()
+
+    def scores(self, logits, rows, which):
+        """The logits in fp32 or more, with minus infinity where a rule forbids."""
+        scores = logits[:, : self.choice.n_vocab].to(torch.promote_types(logits.dtype, torch.float32))
+        if self.rules:
+            scores = scores.clone()  # the logits are somebody else's
+            for own, row, r in zip(scores, rows, which):
+                limit = self.limits[r] if self.limits else math.inf
+                for rule, value in self.rules:
+                    rule(own, value, row, self.ends, limit)
+        if not scores.amax(-1).isfinite().all():
+            raise NonFiniteError("no token can be chosen from these logits: the weights are damaged, their dtype "
+                                 "overflows, or the rules forbid every token")
+        return scores
+
+    def draw(self, scores):
+        """Sample ids (B, 1) from scores (B, V) at the temperature, after the filters."""
+        most = scores.amax(-1, keepdim=True)  # relative to it nothing overflows, however small the temperature
+        probs = ((scores - most) / max(self.choice.temperature, 1e-30)).softmax(-1)
+        probs, ids = probs.topk(min(self.choice.top_k or probs.size(-1), probs.size(-1)))  # the most likely first
+        for keep, value in self.filters:
+            probs = probs / probs.sum(-1, keepdim=True)
+            probs[:, 1:] *= keep(probs, value)[:, 1:]
+        return ids.gather(-1, torch.multinomial(probs, 1, generator=self.generator))

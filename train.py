@@ -25,7 +25,7 @@ from model import BART, GPT
 from plumbing import config as configs
 from plumbing.data import IGNORE, DataConfig, load_data
 from plumbing.errors import NonFiniteError, UserError, run
-from plumbing.models import check_memory, model_class, read_model_config
+from plumbing.models import PRESETS, check_memory, model_class, read_model_config
 from plumbing.runs import Run
 from plumbing.utils import pick_device, set_seed
 
@@ -223,7 +223,7 @@ def main(args=None):
     if "-h" in args or "--help" in args:
         settings = configs.describe(model=GPT.get_default_config(), data=DataConfig(), train=TrainConfig())
         print(f"{__doc__}\n{settings}\n\n[model] also takes type (gpt or bart) and preset "
-              f"({', '.join([*GPT.presets, *BART.presets])}); a bart has n_encoder_layer and n_decoder_layer.")
+              f"({', '.join(PRESETS)}); a bart has n_encoder_layer and n_decoder_layer.")
         return
     if not args or args[0].startswith("--"):
         raise UserError("name a configuration first, e.g. python train.py configs/gpt-tiny.toml")

@@ -1,13 +1,15 @@
-"""The command line of generate.py: its arguments, its prompt, and what a model's publishers ask for."""
+"""The command line of generate.py, and what bench.py shares with it: arguments, a prompt, what publishers ask for."""
 
 import random
 import sys
+from dataclasses import dataclass
 
 import torch
 
 from plumbing.errors import Parser, UserError
 from plumbing.files import read_text
 from plumbing.models import random_model
+from plumbing.tokenizers import Tokenizer
 from plumbing.utils import DTYPES, pick_device
 from plumbing.weights import load_generation_config, load_pretrained
 
@@ -20,72 +22,105 @@ UNSUPPORTED = {"repetition_penalty": 1.0, "encoder_no_repeat_ngram_size": 0, "ba
                "suppress_tokens": None, "begin_suppress_tokens": None, "sequence_bias": None, "num_beam_groups": 1}
 
 
-def parse(doc, args=None):
-    """The arguments as a namespace. Raises UserError on what is wrong whatever the model."""
-    parser = Parser(prog="generate.py", description=doc)
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What was asked for: read, checked, and not changed any more."""
+
+    model: torch.nn.Module       # a GPT or BART, in eval mode
+    tokenizer: Tokenizer | None  # None: the model is a random one
+    prompt: str
+    ids: list                    # of the prompt
+    max_new_tokens: int
+    num_samples: int             # rows of the batch, all with the same prompt
+    options: dict                # further arguments of generate(): strategy, ignore_eos, the fields of Choice
+    json: bool
+    stats: bool
+    live: bool                   # print the text as it comes
+
+    def batch(self):
+        """The first arguments of generate(): prompts and max_new_tokens."""
+        return [self.ids] * self.num_samples, self.max_new_tokens
+
+
+def add_arguments(parser):
+    """A model, a prompt, and how much of what to write."""
     add = parser.add_argument
     add("--model", metavar="DIR_OR_NAME", help="a Hugging Face directory, a training run, or a name on the hub")
-    add("--random", metavar="CONFIG", help="an untrained model instead: a configuration or a preset, e.g. bart-large")
     add("--prompt", metavar="TEXT", help="text to continue (GPT) or to read (BART)")
     add("--prompt-file", metavar="PATH", help="the same from a file, - for standard input")
-    add("stdin", nargs="?", choices=["-"], metavar="-", help="the same from standard input")
-    add("--prompt-tokens", type=int, metavar="N", help="a prompt of N random tokens, for --random")
-    add("--max-new-tokens", type=int, metavar="M", help=f"at most; default: {DEFAULT_NEW_TOKENS}, or what fits")
-    add("--strategy", default="cached", help="naive, hoisted (BART) or cached")
-    add("--temperature", type=float, default=0.0, help="0 = greedy")
-    add("--top-k", type=int, metavar="K", help="draw among the K most likely tokens")
-    add("--top-p", type=float, metavar="P", help="draw among the most likely tokens that have probability P together")
-    add("--min-p", type=float, metavar="P", help="draw among tokens at least P times as likely as the most likely one")
-    add("--seed", type=int, help="of the draws; default: different every time")
+    add("stdin", nargs="?", metavar="-", help="the same from standard input")
+    add("--max-new-tokens", type=int, metavar="M", help=f"at most; default: {DEFAULT_NEW_TOKENS}, or what fits; prompt "
+        f"and new tokens together must fit the model's block_size")
     add("--num-samples", type=int, default=1, metavar="N", help="texts from one prompt, as one batch")
     add("--beams", type=int, metavar="N", help="1 = no beam search, whatever the model's generation_config.json says")
     add("--ignore-eos", action="store_true", help="go on to --max-new-tokens")
-    add("--compare", action="store_true", help="run every strategy on the same input and print what each cost")
-    add("--trace", action="store_true", help="print the shape of every matrix product, which are fixed and which grow")
-    add("--report", metavar="FILE.html", help="write a page that shows the decoding step by step")
-    add("--stats", action="store_true", help="what it took, on standard error")
     add("--json", action="store_true", help="for machines: one JSON object a line")
-    add("--no-stream", action="store_true", help="print the text when it is complete")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--dtype", choices=sorted(DTYPES), help="of the weights; default: as in the file")
+    add("--seed", type=int, help="of what is drawn; default: different every time")
+    parser.set_defaults(random=None, prompt_tokens=None, stats=False, no_stream=False)  # not every program has them
+
+
+def add_random(parser):
+    """For bench.py: what a model costs does not depend on what it has learned."""
+    parser.add_argument("--random", metavar="CONFIG", help="an untrained model: a configuration or a preset, e.g. gpt2")
+    parser.add_argument("--prompt-tokens", type=int, metavar="N", help="its prompt: N random tokens")
+
+
+def parse(doc, args=None):
+    """The arguments of generate.py as a namespace. Raises UserError on what is wrong whatever the model."""
+    parser = Parser(prog="generate.py", description=doc)
+    add_arguments(parser)
+    add = parser.add_argument
+    add("--strategy", default="cached", help="naive, hoisted (BART) or cached")
+    add("--temperature", type=float, help="0 = greedy")
+    add("--top-k", type=int, metavar="K", help="draw among the K most likely tokens")
+    add("--top-p", type=float, metavar="P", help="draw among the most likely tokens that have probability P together")
+    add("--min-p", type=float, metavar="P", help="draw among tokens at least P times as likely as the most likely one")
+    add("--stats", action="store_true", help="what it took, on standard error")
+    add("--no-stream", action="store_true", help="print the text when it is complete")
     args = parser.parse_args(args)
-    check(args)
-    args.ignore_eos = args.ignore_eos or bool(args.random)  # what an untrained model calls the end means nothing
+    drawing = [name for name in ("top_k", "top_p", "min_p") if getattr(args, name)]
+    if drawing and not args.temperature:
+        flag = f"--{drawing[0].replace('_', '-')} {getattr(args, drawing[0])}"
+        raise UserError(f"{flag} has no effect at temperature 0: set --temperature")
+    if args.num_samples > 1 and not args.temperature:
+        raise UserError(f"--num-samples {args.num_samples} at temperature 0 is one text many times: set --temperature")
     return args
 
 
 def check(args):
     """Raise UserError on arguments that do not go together."""
+    if args.stdin not in (None, "-"):  # not argparse's `choices`, which would not name an unknown flag before it
+        raise UserError(f"{args.stdin!r:.60} is no argument: - stands for standard input, a text goes behind --prompt")
     if (args.model is None) == (args.random is None):
-        raise UserError("give one of --model DIR_OR_NAME and --random CONFIG")
+        raise UserError("give a model: --model DIR_OR_NAME (for bench.py that, or --random CONFIG)")
     prompts = [args.prompt, args.prompt_file, args.stdin, args.prompt_tokens]
     if sum(p is not None for p in prompts) != 1:
-        raise UserError("give one prompt: --prompt TEXT, --prompt-file PATH, - (standard input) or --prompt-tokens N")
-    if args.prompt_tokens is not None and (args.random is None or args.prompt_tokens < 1):
-        raise UserError(f"--prompt-tokens {args.prompt_tokens} is for --random, and at least 1")
-    if args.random and args.prompt_tokens is None:
-        raise UserError("--random has no tokenizer: give --prompt-tokens N")
+        raise UserError("give one prompt: --prompt TEXT, --prompt-file PATH, or - (standard input); a random model has "
+                        "no tokenizer and takes --prompt-tokens N")
+    if (args.prompt_tokens is None) != (args.random is None):
+        raise UserError("--random has no tokenizer: give --prompt-tokens N, and give that with --random only")
+    if args.prompt_tokens is not None and args.prompt_tokens < 1:
+        raise UserError(f"--prompt-tokens {args.prompt_tokens} must be at least 1")
     if not 1 <= args.num_samples <= MAX_SAMPLES:
         raise UserError(f"--num-samples {args.num_samples} must be from 1 to {MAX_SAMPLES}")
-    measured = args.compare or args.trace or args.report
-    if args.random and not measured:
-        raise UserError("--random is for --compare, --trace and --report: an untrained model has nothing to say")
-    drawing = [name for name in ("temperature", "top_k", "top_p", "min_p") if getattr(args, name)]
-    drawing = [f"--{name.replace('_', '-')} {getattr(args, name)}" for name in drawing]
-    if measured and drawing:
-        raise UserError(f"--compare, --trace and --report decode greedily: leave out {drawing[0]}")
-    if drawing and not args.temperature:
-        raise UserError(f"{drawing[0]} has no effect at temperature 0: set --temperature")
-    if args.num_samples > 1 and (args.trace or args.report):
-        raise UserError(f"--trace and --report show one text: leave out --num-samples {args.num_samples}")
-    if args.trace and (args.compare or args.report):
-        raise UserError("--trace prints one table: ask for --compare or --report in a run of its own")
-    if args.stats and measured:
-        raise UserError("--stats is for plain generation: --compare shows times and counts by itself")
-    if args.num_samples > 1 and not measured and args.temperature == 0:
-        raise UserError(f"--num-samples {args.num_samples} at temperature 0 is one text many times: set --temperature")
     if args.beams not in (None, 1):
         raise UserError(f"--beams {args.beams}: beam search is not part of this program yet, use --beams 1")
+
+
+def read(args):
+    """The Request that the arguments make. Raises UserError on whatever is wrong with them, the model or the prompt."""
+    check(args)
+    model, tokenizer, published = load(args)
+    prompt, ids = read_prompt(args, model, tokenizer)
+    max_new_tokens, rules = publishers_rules(args, model, tokenizer, published, len(ids))
+    # what an untrained model calls the end means nothing
+    options = {"ignore_eos": args.ignore_eos or args.random is not None, **rules}
+    given = {key: getattr(args, key, None) for key in ("strategy", "temperature", "top_k", "top_p", "min_p", "seed")}
+    options |= {key: value for key, value in given.items() if value is not None}  # what is left out has its own default
+    return Request(model, tokenizer, prompt, ids, max_new_tokens, args.num_samples, options, args.json, args.stats,
+                   live=not args.no_stream and not args.json)
 
 
 def load(args):
@@ -128,10 +163,10 @@ def decode(what, data):
         raise UserError(f"{what} is not UTF-8 at byte {error.start}: convert it first") from None
 
 
-def choice(args, model, tokenizer, published, ids):
+def publishers_rules(args, model, tokenizer, published, n_prompt):
     """
-    The fields of sampling.Choice that the arguments and generation_config.json set, and args.max_new_tokens where it
-    was left open. Raises UserError on what the publishers ask for and nothing here can do, by its name.
+    max_new_tokens, and the fields of Choice that a generation_config.json (as a dict) sets. Raises UserError on what
+    it asks for and nothing here can do, by its name.
     """
     for key, idle in UNSUPPORTED.items():
         if published.get(key, idle) not in (idle, None):
@@ -143,27 +178,21 @@ def choice(args, model, tokenizer, published, ids):
         others = "".join(f", {key}={published[key]!r:.60}" for key in others)
         raise UserError(f"generation_config.json asks for num_beams={beams}{others}: beam search is not part of this "
                         f"program yet, pass --beams 1 to decode greedily")
-    encoder_decoder = hasattr(model.config, "start_id")
-    start, V = 1 if encoder_decoder else len(ids), model.config.vocab_size
-    if encoder_decoder:
-        model.config.start_id = integer(published, "decoder_start_token_id", model.config.start_id, V)
-    eos = published.get("eos_token_id")
-    if isinstance(eos, list) and len(eos) > 1:
-        raise UserError(f"generation_config.json names {len(eos)} ids as eos_token_id: leave one of them there")
-    if type(eos) is int and 0 <= eos < V:  # GPT-2's default of 50256 stands in many files with a smaller vocabulary
-        model.config.eos_id = eos
-    if args.max_new_tokens is None:
+    config = model.config
+    start, V = 1 if config.is_encoder_decoder else n_prompt, config.vocab_size
+    max_new_tokens = args.max_new_tokens
+    if max_new_tokens is None:
         longest = integer(published, "max_length", start + DEFAULT_NEW_TOKENS)
         longest = start + integer(published, "max_new_tokens", longest - start)
-        args.max_new_tokens = max(1, min(longest, model.config.block_size) - start)
-    chosen = {key: getattr(args, key) for key in ("temperature", "top_k", "top_p", "min_p", "seed")}
+        max_new_tokens = max(1, min(longest, config.block_size) - start)
     least = max(integer(published, "min_length", 0), start + integer(published, "min_new_tokens", -start))
-    chosen |= {"min_length": least,
-               "no_repeat_ngram": integer(published, "no_repeat_ngram_size", 0) or None,
-               "forced_last": integer(published, "forced_eos_token_id", None, V),
-               "forced_first": integer(published, "forced_bos_token_id", None, V) if encoder_decoder else None,
-               "n_vocab": tokenizer and min(tokenizer.n_vocab, V)}
-    return chosen
+    first = integer(published, "forced_bos_token_id", None, V)
+    return max_new_tokens, {
+        "min_length": least,
+        "no_repeat_ngram": integer(published, "no_repeat_ngram_size", 0) or None,
+        "forced_last": integer(published, "forced_eos_token_id", None, V),
+        "forced_first": first if config.is_encoder_decoder else None,
+        "n_vocab": tokenizer and min(tokenizer.n_vocab, V)}
 
 
 def integer(published, key, otherwise, below=2**31):

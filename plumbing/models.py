@@ -1,15 +1,24 @@
 """Building a model from settings: the [model] table of a configuration file, or the name of a published size."""
 
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
 
 from model import BART, GPT
 from plumbing import config as configs
 from plumbing.errors import UserError
+from plumbing.weights import Uninitialised
 
 MODELS = {"gpt": GPT, "bart": BART}
+PRESETS = {  # published sizes
+    "gpt2":        ("gpt", dict(n_layer=12, n_head=12, n_embd=768, eos_id=50256)),              # 124M
+    "gpt2-medium": ("gpt", dict(n_layer=24, n_head=16, n_embd=1024, eos_id=50256)),             # 355M
+    "gpt2-large":  ("gpt", dict(n_layer=36, n_head=20, n_embd=1280, eos_id=50256)),             # 774M
+    "gpt2-xl":     ("gpt", dict(n_layer=48, n_head=25, n_embd=1600, eos_id=50256)),             # 1558M
+    "bart-base":   ("bart", dict(n_encoder_layer=6, n_decoder_layer=6, n_head=12, n_embd=768)),    # 139M
+    "bart-large":  ("bart", dict(n_encoder_layer=12, n_decoder_layer=12, n_head=16, n_embd=1024)),  # 406M
+}
 
 
 def model_class(values):
@@ -20,6 +29,15 @@ def model_class(values):
     return MODELS[name]
 
 
+def preset_config(name, cls=None):
+    """The configuration of a published size, of one of the models or of either. Raises UserError on another name."""
+    names = [preset for preset, (kind, _) in PRESETS.items() if cls in (None, MODELS[kind])]
+    if name not in names:
+        raise UserError(f"there is no preset {name!r:.60}: choose one of {', '.join(names)}")
+    kind, sizes = PRESETS[name]
+    return MODELS[kind].config_class(**sizes)
+
+
 def read_model_config(values, tokenizer=None):
     """
     The configuration that a [model] table describes: fields of GPTConfig or BARTConfig, and `preset` to start from a
@@ -27,7 +45,7 @@ def read_model_config(values, tokenizer=None):
     """
     cls = model_class(values)
     preset = values.get("preset")
-    defaults = asdict(cls.get_preset_config(str(preset)) if preset else cls.get_default_config())
+    defaults = asdict(preset_config(preset, cls) if preset else cls.get_default_config())
     if tokenizer is not None:
         ids = {"bos_id": tokenizer.bos_id, "pad_id": tokenizer.pad_id, "eos_id": tokenizer.eos_id,
                "start_id": tokenizer.eos_id, "vocab_size": tokenizer.n_vocab}
@@ -45,12 +63,12 @@ def random_model(name, dtype, device):
     An untrained model of any size, in eval mode: name is a preset ("bart-large") or a configuration file with a
     [model] table. Raises UserError, before anything is allocated, if its weights do not fit the memory.
     """
-    presets = {preset: {"type": kind, "preset": preset} for kind, cls in MODELS.items() for preset in cls.presets}
-    values = presets.get(name)
-    if values is None:
-        if not os.path.exists(name):
-            raise UserError(f"{name!r} is neither a configuration file nor one of {', '.join(presets)}")
+    if name in PRESETS:
+        values = {"type": PRESETS[name][0], "preset": name}
+    elif os.path.exists(name):
         values = configs.read(name, [], ("model", "data", "train"))["model"]
+    else:
+        raise UserError(f"{name!r} is neither a configuration file nor one of {', '.join(PRESETS)}")
     config = read_model_config(values)
     check_memory(f"{name} in {dtype}", config, dtype.itemsize, device)
     with torch.device(device):
@@ -59,15 +77,24 @@ def random_model(name, dtype, device):
 
 
 def count_parameters(config):
-    """How many numbers a model of this configuration holds, tied ones once, without building it."""
-    C, V, P = config.n_embd, config.vocab_size, config.block_size
-    kv, inner = C // config.n_head * (config.n_kv_head or config.n_head), config.n_inner or 4 * C
-    attention = C * C + C + (C + 1) * (C + 2 * kv)
-    layer = attention + (C + 1) * inner + (inner + 1) * C + 4 * C  # an attention, a feed-forward layer, two norms
-    if hasattr(config, "n_layer"):
-        return V * C * (1 if config.tie_weights else 2) + P * C + config.n_layer * layer + 2 * C
-    layers = config.n_encoder_layer * layer + config.n_decoder_layer * (layer + attention + 2 * C)
-    return V * C * (1 if config.tie_weights else 3) + V + 2 * (P * C + 2 * C) + layers
+    """
+    How many numbers a model of this configuration holds, tied ones once. Small ones are built for it, without memory,
+    and their layers multiplied: so it stays right for a model that somebody changes. Raises UserError if the sizes are
+    beyond what a tensor can have.
+    """
+    cls = next(cls for cls in MODELS.values() if isinstance(config, cls.config_class))
+    depths = [name for name in ("n_layer", "n_encoder_layer", "n_decoder_layer") if hasattr(config, name)]
+
+    def size(**layers):
+        with torch.device("meta"), Uninitialised():
+            return cls(replace(config, **dict.fromkeys(depths, 1) | layers)).count_parameters()
+
+    try:
+        base = size()
+        return base + sum((getattr(config, name) - 1) * (size(**{name: 2}) - base) for name in depths)
+    except (RuntimeError, OverflowError):  # so many numbers that their number is none
+        raise UserError(f"n_embd={config.n_embd}, vocab_size={config.vocab_size} and block_size={config.block_size} make "
+                        f"matrices larger than any memory: choose smaller ones") from None
 
 
 def check_memory(what, config, bytes_each, device):

@@ -78,7 +78,7 @@ def shape_table(records, training=()):
         rows = [row[:-1] for row in rows]
     growing = [f"{row[0]} {row[1]} ({row[2]})" for row in rows if row[6] == "grows with k"]
     return (f"{aligned(rows)}\n\n(left) @ (right); the number before a BGEMM is its batch: rows x heads\n"
-            f"what grows with k: {', '.join(growing) or 'nothing'}\n")
+            f"what grows with k: {', '.join(growing) or 'nothing'}")
 
 
 def comparison_table(result):
@@ -96,7 +96,7 @@ def comparison_table(result):
                 f"{d['tokens'][0]}, which leads by {d['gap']:.2e} in the logits\n"
                 for s in result["strategies"] if (d := s["first_difference"])]
     return (f"N = {result['N']:,}, M = {result['M']:,} decoder calls, batch of {result['batch_size']}\n\n"
-            f"{aligned(rows)}\n\n{''.join(partings)}{result['verdict']}\n")
+            f"{aligned(rows)}\n\n{''.join(partings)}{result['verdict']}")
 
 
 # -----------------------------------------------------------------------------

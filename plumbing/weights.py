@@ -137,10 +137,8 @@ WRITTEN = {"model_type", "architectures", "dtype", "comment", "n_ctx", "bos_toke
 
 def published(fmt, config):
     """The table for a config, layer by layer: our name -> (their names, How, the shape of ours)."""
-    C, lines = config.n_embd, {}
-    kv = 2 * (config.n_kv_head or config.n_head) * (C // config.n_head)
-    sizes = {"V": config.vocab_size, "P": config.block_size, "C": C, "I": config.n_inner or 4 * C, "KV": kv,
-             "QKV": C + kv}
+    C, kv, lines = config.n_embd, config.kv_width, {}
+    sizes = {"V": config.vocab_size, "P": config.block_size, "C": C, "I": config.inner, "KV": 2 * kv, "QKV": C + 2 * kv}
     for ours, (theirs, how, letters) in fmt.table.items():
         if config.tie_weights:
             if ours in TIED:
@@ -171,11 +169,10 @@ def entries(fmt, model):
 
 def export(fmt, model):
     """The tensors under their names and in their layouts; on the meta device, the shapes that a file must have."""
-    config, tensors = model.config, {}
-    kv = (config.n_kv_head or config.n_head) * (config.n_embd // config.n_head)
+    C, kv, tensors = model.config.n_embd, model.config.kv_width, {}
     for _, x, theirs, how in entries(fmt, model):
         x = how.save(x.detach())
-        parts = x.split([config.n_embd, kv, kv][-len(theirs):]) if len(theirs) > 1 else [x]  # q, k, v or k, v
+        parts = x.split([C, kv, kv][-len(theirs):]) if len(theirs) > 1 else [x]  # q, k, v or k, v
         tensors.update(zip(theirs, parts))
     return tensors
 
@@ -249,14 +246,13 @@ def read_fields(fmt, raw, own):
     raw = {"embd_pdrop": raw.get("dropout", 0.1)} | raw  # BART has one number for both
     for name, theirs in fmt.fields.items():
         values = [fmt.silent.get(name) if raw.get(key) is None else raw[key] for key in theirs]
-        if name == "eos_id":
-            values = [read_ids(values[0], config.vocab_size)]
         values = [configs.checked(key, value, types[name], MAX_SIZE) for key, value in zip(theirs, values)]
         if len(set(map(repr, values))) > 1:
             raise UserError(f"{' and '.join(theirs)} differ ({', '.join(map(str, values))}); they must agree")
         setattr(config, name, values[0])
     if fmt.their_type == "gpt2" and isinstance(config.eos_id, int) and config.eos_id >= config.vocab_size:
         config.eos_id = None  # GPT-2's default in a file with a smaller vocabulary: an id that can never be produced
+    config.eos_id = one_or_several(config.eos_id)
     if own:
         ours = own_fields(fmt, config)
         for key in raw:  # one that we do not know would be missing in the model
@@ -266,13 +262,30 @@ def read_fields(fmt, raw, own):
     return config
 
 
-def read_ids(ids, vocab_size):
-    """Published models may end in one of several ids. A list of one is that one."""
-    if not isinstance(ids, list):
-        return ids
-    if not ids or any(type(i) is not int or not 0 <= i < vocab_size for i in ids):
-        raise UserError(f"eos_token_id={ids!a:.60} must be whole numbers from 0 to below {vocab_size}")
-    return ids if len(ids) > 1 else ids[0]
+def one_or_several(ids):
+    """Published models may end in one of several ids. A list of one is that one; validate() finds ids out of range."""
+    if isinstance(ids, list) and (not ids or any(type(i) is not int for i in ids)):
+        raise UserError(f"eos_token_id={ids!a:.60} must be whole numbers, at least one")
+    return ids[0] if isinstance(ids, list) and len(ids) == 1 else ids
+
+
+def read_generation_ids(directory, config):
+    """
+    The end and start ids of a generation_config.json, which outrank those of config.json, into a configuration. Raises
+    UserError on ids that the vocabulary has not.
+    """
+    raw = load_generation_config(directory)
+    names = {"eos_token_id": "eos_id", "decoder_start_token_id": "start_id"}
+    for key, name in names.items():
+        value = raw.get(key)
+        if value is None or not hasattr(config, name) or (key, value) == ("eos_token_id", GPT_SILENT["eos_id"]):
+            continue  # GPT-2's end stands in many files with a smaller vocabulary
+        try:
+            kind = next(field.type for field in fields(config) if field.name == name)
+            setattr(config, name, one_or_several(configs.checked(key, value, kind, MAX_SIZE)))
+            config.validate()
+        except UserError as error:
+            raise UserError(f"{directory / 'generation_config.json'}: {key}={value!a:.60}: {error}") from None
 
 
 def write_config(fmt, model):
@@ -288,11 +301,10 @@ def write_config(fmt, model):
     raw |= {key: getattr(config, name) for name, theirs in fmt.fields.items() for key in theirs}
     raw |= {name: values[0] for name, values in fmt.fixed.items()}
     if fmt.their_type == "gpt2":
-        first = config.eos_id[0] if isinstance(config.eos_id, list) else config.eos_id  # one id separates texts
+        first = next(iter(config.end_ids), None)  # one id separates texts
         raw |= {"n_ctx": config.block_size, "bos_token_id": first, "pad_token_id": None}  # n_ctx: converters ask for it
     else:
-        inner = config.n_inner or 4 * config.n_embd
-        raw |= {"encoder_ffn_dim": inner, "decoder_ffn_dim": inner, "forced_eos_token_id": None}
+        raw |= {"encoder_ffn_dim": config.inner, "decoder_ffn_dim": config.inner, "forced_eos_token_id": None}
     return raw
 
 
@@ -419,6 +431,7 @@ def load_pretrained(directory_or_name, dtype=None, device="cpu"):
     """
     directory = locate(directory_or_name)
     fmt, own, config = read_config(directory)
+    read_generation_ids(directory, config)
     stored = read_headers(directory, fmt, own)
     others = settle_embeddings(fmt, config, stored)
     model = empty_model(directory, fmt, own, config, stored)

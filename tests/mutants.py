@@ -1,99 +1,706 @@
 """
 Break the code on purpose, one bug at a time, and see that the tests notice.
 
-    python tests/mutants.py
+    python tests/mutants.py             all of them, two at a time
+    python tests/mutants.py NAME ...    some
 
-Each mutant is a mistake that somebody really made in some codebase. It is put into a copy of the project, and the
-tests of attention, model and generation must fail there. Takes a few minutes; exits with 1 if a mutant survives.
+A mutant is a mistake that somebody really made in some codebase. Each is a function below, which replaces functions of
+the project from outside, in a process of its own in which the tests of attention, model and generation must then fail.
+So moving a line, or renaming a variable, breaks no mutant; one that no longer fits fails loudly. Exits with 1 if a
+mutant survives.
 """
 
+import functools
+import math
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-TESTS = ["tests/test_attention.py", "tests/test_model.py", "tests/test_generate.py", "tests/test_sampling.py"]
-MUTANTS = [  # what, file, the right code, the wrong code
-    ("the mask of a chunk is aligned top-left", "attention.py",
-     "return self.output(q, k, v, dense(causal, query_pos, torch.arange(S, device=x.device)))",
-     "return self.output(q, k, v, is_causal=True)"),
-    ("the mask is skipped when the cache is used", "attention.py", "return self.output(q, k, v, is_causal=True)",
-     "return self.output(q, k, v, is_causal=not use_kv_cache)"),
-    ("a chunk sees its own future", "attention.py", "return k <= q", "return k <= q + 1"),
-    ("positions are not offset", "model.py", "return start_pos + torch.arange(T, device=device)", "return torch.arange(T, device=device)"),
-    ("positions are offset by one too few", "model.py", "return start_pos + torch.arange(T, device=device)",
-     "return (start_pos + torch.arange(T, device=device) - (T == 1)).clamp(min=0)"),
-    ("keys are written one slot late", "attention.py", "self.k[:B, :, start_pos:end] = k.detach()",
-     "self.k[:B, :, start_pos:end] = k.detach().roll(1, 2)"),
-    ("values are not written after the prefill", "attention.py", "self.v[:B, :, start_pos:end] = v.detach()",
-     "self.v[:B, :, start_pos:end] = v.detach() * (start_pos == 0)"),
-    ("only the first row is written", "attention.py", "self.k[:B, :, start_pos:end] = k.detach()",
-     "self.k[:1, :, start_pos:end] = k[:1].detach()"),
-    ("the whole buffer is read, without a mask", "attention.py", "return self.k[:B, :, :end], self.v[:B, :, :end]",
-     "return self.k[:B], self.v[:B]"),
-    ("tensor positions are those of the first row", "attention.py", "pos = (start_pos + torch.arange(T, device=k.device)).expand(B, T)",
-     "pos = (start_pos.flatten()[0] + torch.arange(T, device=k.device)).expand(B, T)"),
-    ("a gap is accepted", "attention.py", "if not tensor and start_pos not in (0, self.filled):", "if False:"),
-    ("an overflow is accepted", "attention.py", "if T + (0 if tensor else start_pos) > self.length:", "if False:"),
-    ("a batch above the maximum is accepted", "attention.py", "if B > self.batch_size:", "if False:"),
-    ("the batch may change in mid-stream", "attention.py", "if (tensor or start_pos > 0) and self.rows not in (0, B):", "if False:"),
-    ("an old text is not cleared", "attention.py", "self.k[: self.rows, :, filled : self.filled] = 0", "pass"),
-    ("the cache keeps gradients", "attention.py", "= k.detach()\n        self.v[:B", "= k\n        self.v[:B"),
-    ("the cache is born in inference mode", "attention.py", "    @torch.inference_mode(False)", "    @torch.no_grad()"),
-    ("the cache keeps its first dtype", "attention.py", "if self.k is None or self._layout(self.k) != self._layout(k):", "if self.k is None:"),
-    ("shared heads are repeated in the wrong order", "attention.py",
-     "k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)  # (B, H, S, D)",
-     "k, v = k.repeat(1, group, 1, 1), v.repeat(1, group, 1, 1)"),
-    ("scores are not scaled", "attention.py", "/ math.sqrt(q.size(-1))", "* 1.0"),
-    ("a failed pass leaves its first layers ahead", "attention.py", "layer.cache.rewind(min(start_pos, layer.cache.filled))", "pass"),
-    ("a new source that fails leaves a mixture of two", "attention.py", "                layer.cache = cache\n", "                pass\n"),
-    ("padding of a source is attended to", "attention.py", "return lambda b, h, q, k: k < lengths[b]", "return lambda b, h, q, k: k >= 0 * lengths[b]"),
-    ("an old source answers for a new one", "attention.py",
-     "return same and (lengths is None or", "return True or (lengths is None or"),
-    ("a memory that was overwritten passes for the stored one", "attention.py", "and version(memory) == self.version)", "and True)"),
-    ("the source is projected at every step", "generate.py", "given = dict.fromkeys(given)", "given = read(model, source)"),
-    ("an uncached pass moves the cache", "model.py", "x = block(x, use_kv_cache, start_pos)",
-     "x = block(x, use_kv_cache or block.attn.cache is not None, start_pos)"),
-    ("ragged rows share one position", "generate.py", "start_pos = lengths[0] - 1 if len(set(lengths)) == 1 else last", "start_pos = max(lengths) - 1"),
-    ("a ragged prefill takes the last column", "generate.py", "torch.tensor(ends, device=x.device) - 1", "max(ends) - 1"),
-    ("dropout is on while generating", "generate.py", "            m.training = False\n", "            pass\n"),
-    ("training mode is not restored", "generate.py", "            m.training = True\n", "            pass\n"),
-    ("caches are left on the model", "generate.py", "        self.mode.__exit__(*error)\n        self.swap()", "        self.mode.__exit__(*error)"),
-    ("the first row that ends stops the batch", "generate.py", "if not any(alive):", "if not all(alive):"),
-    ("a row goes on after its end", "generate.py", "yield [i if a else None for i, a in zip(ids, alive)]", "yield ids"),
-    ("every position passes through the head", "generate.py", "return model.lm_head(x[rows, torch.tensor(ends, device=x.device) - 1])",
-     "return model.lm_head(x)[rows, torch.tensor(ends, device=x.device) - 1]"),
-    ("one token too many is accepted", "generate.py", "if longest + max_new_tokens > config.block_size:", "if longest + max_new_tokens > config.block_size + 1:"),
-    ("the highest id wins among equals", "sampling.py", "logits.argmax(-1)", "logits.size(-1) - 1 - logits.flip(-1).argmax(-1)"),
-    ("top-k keeps ties", "sampling.py", "probs, ids = probs.topk(min(self.top_k or probs.size(-1), probs.size(-1)))",
-     "probs, ids = (probs * (probs >= probs.topk(min(self.top_k or 1, probs.size(-1)))[0][:, -1:])).topk(probs.size(-1))"),
-]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+TESTS = ["tests/test_attention.py", "tests/test_schedules.py", "tests/test_model.py", "tests/test_generate.py",
+         "tests/test_sampling.py"]
+MUTANTS = {}
 
 
-def survives(file, right, wrong):
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder, "project")
-        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "out", "__pycache__", "notebooks"))
-        text = (copy / file).read_text()
-        assert text.count(right) == 1, f"{file} holds {right!r} {text.count(right)} times: mend the list of mutants"
-        (copy / file).write_text(text.replace(right, wrong))
-        tests = [test for test in TESTS if (copy / test).exists()]
-        done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests], cwd=copy,
-                              capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-        assert done.returncode in (0, 1), done.stdout + done.stderr
-        return done.returncode == 0
+def mutant(function):
+    MUTANTS[function.__name__] = function
+    return function
+
+
+def project():
+    """The modules that mutants change."""
+    import attention, cache, generate, model, sampling  # noqa: E401
+    return attention, cache, generate, model, sampling
+
+
+def replace(owner, name, make):
+    """Put make(original) in the place of a function or property, wherever the project refers to it."""
+    original = vars(owner)[name]
+    function = original.__func__ if isinstance(original, staticmethod) else original
+    changed = make(function)
+    changed = staticmethod(changed) if isinstance(original, staticmethod) else changed
+    for place in (owner, *project()):
+        if vars(place).get(name) is original:
+            setattr(place, name, changed)
+
+
+def around(owner, name):
+    """Decorates f(original, *args, **kwargs), which takes the place of owner.name."""
+    def put(f):
+        replace(owner, name, lambda original: functools.wraps(original)(lambda *a, **k: f(original, *a, **k)))
+    return put
+
+
+def without(owner, name, words):
+    """A check whose refusal with these words is left out."""
+    @around(owner, name)
+    def check(original, *args):
+        try:
+            return original(*args)
+        except ValueError as error:
+            if words not in str(error):
+                raise
+
+
+def passing_with(change):
+    """passing() whose positions go through change(pos, start_pos, cache)."""
+    _, cache, *_ = project()
+
+    @around(cache, "passing")
+    @contextmanager
+    def passing(original, kept, start_pos, x, block_size):
+        with original(kept, start_pos, x, block_size) as pos:
+            yield change(pos, start_pos, kept)
+
+
+# -----------------------------------------------------------------------------
+# Masks and positions
+
+
+@mutant
+def mask_of_a_chunk_is_aligned_top_left():
+    attention, *_ = project()
+
+    @around(attention.Causal, "forward")
+    def forward(original, self, q, k, v, query_pos, key_pos):
+        return attention.attend(q, k, v, None, q.size(2) > 1, self.rate)
+
+
+@mutant
+def mask_is_skipped_when_the_cache_is_used():
+    attention, *_ = project()
+
+    @around(attention.Causal, "forward")
+    def forward(original, self, q, k, v, query_pos, key_pos):
+        return attention.attend(q, k, v, None, key_pos is query_pos, self.rate)
+
+
+@mutant
+def chunk_sees_its_own_future():
+    attention, *_ = project()
+    replace(attention.Causal, "allows", lambda original: lambda b, h, q, k: k <= q + 1)
+
+
+@mutant
+def positions_are_not_offset():
+    passing_with(lambda pos, start_pos, cache: pos - pos[..., :1])
+
+
+@mutant
+def positions_are_offset_by_one_too_few():
+    passing_with(lambda pos, start_pos, cache: (pos - (pos.size(-1) == 1)).clamp(min=0))
+
+
+@mutant
+def tensor_positions_are_those_of_the_first_row():
+    import torch
+    passing_with(lambda pos, start_pos, cache: pos[:1].expand_as(pos) if isinstance(start_pos, torch.Tensor) else pos)
+
+
+@mutant
+def ragged_rows_share_one_position():
+    passing_with(lambda pos, start_pos, cache: pos.amax(0, keepdim=True).expand_as(pos) if pos.dim() == 2 else pos)
+
+
+@mutant
+def key_positions_are_off_by_one():
+    _, cache, *_ = project()
+
+    @around(cache.KVCache, "update")
+    def update(original, *args):
+        keys, values, key_pos = original(*args)
+        return keys, values, key_pos + 1
+
+
+@mutant
+def whole_buffer_is_read_without_a_mask():
+    _, cache, *_ = project()
+
+    @around(cache.KVCache, "update")
+    def update(original, self, layer, pos, k, v):
+        original(self, layer, pos, k, v)
+        return self.k[layer][: len(k)], self.v[layer][: len(k)], self.slots
+
+
+@mutant
+def padding_of_a_source_is_attended_to():
+    attention, *_ = project()
+    replace(attention.Everything, "allows", lambda original: lambda b, h, q, k: k >= 0)
+
+
+@mutant
+def one_padded_position_of_a_source_counts():
+    attention, *_ = project()
+
+    @around(attention, "key_positions")
+    def key_positions(original, pos, lengths=None):
+        return original(pos, lengths if lengths is None else (lengths + 1).clamp(max=len(pos)))
+
+
+# -----------------------------------------------------------------------------
+# What is written
+
+
+def writing(change):
+    """update() that stores change(k), change(v) but nothing else is different."""
+    _, cache, *_ = project()
+
+    @around(cache.KVCache, "update")
+    def update(original, self, layer, pos, k, v):
+        return original(self, layer, pos, *change(self, k, v))
+
+
+@mutant
+def keys_are_written_one_slot_late():
+    writing(lambda cache, k, v: (k.roll(1, 2), v))
+
+
+@mutant
+def values_are_not_written_after_the_prefill():
+    writing(lambda cache, k, v: (k, v * (cache.stop == v.size(2))))
+
+
+@mutant
+def only_the_first_row_is_written():
+    _, cache, *_ = project()
+
+    @around(cache.KVCache, "update")
+    def update(original, self, layer, pos, k, v):
+        before = None if self.k[layer] is None else (self.k[layer][1:].clone(), self.v[layer][1:].clone())
+        found = original(self, layer, pos, k, v)
+        for buffer, old in zip((self.k[layer], self.v[layer]), before or (0.0, 0.0)):
+            buffer[1:] = old
+        return found
+
+
+@mutant
+def cache_keeps_gradients():
+    import torch
+    _, cache, *_ = project()
+
+    @around(cache.KVCache, "update")
+    def update(original, *args):
+        detach, torch.Tensor.detach = torch.Tensor.detach, lambda x: x
+        try:
+            return original(*args)
+        finally:
+            torch.Tensor.detach = detach
+
+
+@mutant
+def cache_is_born_in_inference_mode():
+    import torch
+    _, cache, *_ = project()
+    replace(cache.KVCache, "_allocate", lambda original: torch.no_grad()(original.__wrapped__))
+
+
+@mutant
+def cache_keeps_its_first_dtype():
+    _, cache, *_ = project()
+    replace(cache, "layout", lambda original: lambda x: None)
+
+
+@mutant
+def an_old_text_is_not_cleared():
+    _, cache, *_ = project()
+
+    @around(cache.KVCache, "clear")
+    def clear(original, self):
+        self.filled = [0] * self.batch_size
+
+
+# -----------------------------------------------------------------------------
+# What is counted and refused
+
+
+@mutant
+def positions_count_before_success():
+    """A pass that fails half-way leaves its first layers ahead."""
+    _, cache, *_ = project()
+
+    @around(cache, "passing")
+    @contextmanager
+    def passing(original, kept, start_pos, x, block_size):
+        with original(kept, start_pos, x, block_size) as pos:
+            if kept is not None and None not in kept.k and not hasattr(start_pos, "shape"):
+                kept.filled = [n + x.size(1) for n in kept.filled]
+            yield pos
+
+
+@mutant
+def a_gap_is_accepted():
+    without(project()[1].KVCache, "check", "positions are stored in row")
+
+
+@mutant
+def a_gap_in_a_later_row_is_accepted():
+    _, cache, *_ = project()
+
+    @around(cache.KVCache, "check")
+    def check(original, self, starts, B, T):
+        return original(self, [starts[0], *self.filled[1:B]] if len(starts) == B and any(starts) else starts, B, T)
+
+
+@mutant
+def an_overflow_is_accepted():
+    without(project()[1].KVCache, "check", "overflow")
+
+
+@mutant
+def a_batch_above_the_maximum_is_accepted():
+    without(project()[1].KVCache, "check", "does not fit a cache of")
+
+
+@mutant
+def the_batch_may_change_in_mid_stream():
+    without(project()[1].KVCache, "check", "the batch changed")
+
+
+@mutant
+def one_token_too_many_is_accepted():
+    _, _, generate, *_ = project()
+
+    @around(generate, "prepare")
+    def prepare(original, model, prompts, max_new_tokens, decoder_prompts):
+        return original(model, prompts, max(max_new_tokens - 1, min(max_new_tokens, 1)), decoder_prompts)
+
+
+# -----------------------------------------------------------------------------
+# Rows that move
+
+
+@mutant
+def a_fork_shares_its_buffers():
+    _, cache, *_ = project()
+
+    @around(cache.KVCache, "fork")
+    def fork(original, self):
+        return self._like(self.batch_size, self.filled, lambda x: x)
+
+
+@mutant
+def a_row_is_a_copy():
+    _, cache, *_ = project()
+
+    @around(cache.KVCache, "row")
+    def row(original, self, i):
+        return original(self.fork(), i)
+
+
+@mutant
+def keys_are_reordered_without_their_values():
+    _, cache, *_ = project()
+
+    @around(cache.KVCache, "reorder")
+    def reorder(original, self, rows):
+        values = [x if x is None else x.clone() for x in self.v]
+        original(self, rows)
+        self.v = values
+
+
+@mutant
+def a_reorder_moves_rows_one_after_the_other():
+    """So that a row which was overwritten already is read."""
+    _, cache, *_ = project()
+
+    @around(cache.KVCache, "reorder")
+    def reorder(original, self, rows):
+        for i, row in enumerate(rows):
+            for x in (*self.k, *self.v):
+                if x is not None:
+                    x[i] = x[row].clone()
+        self.filled = [self.filled[row] for row in rows]
+
+
+@mutant
+def counts_are_not_reordered():
+    _, cache, *_ = project()
+
+    @around(cache.KVCache, "reorder")
+    def reorder(original, self, rows):
+        filled = self.filled[: len(rows)]
+        original(self, rows)
+        self.filled = filled
+
+
+@mutant
+def expanded_rows_do_not_stand_side_by_side():
+    _, cache, *_ = project()
+
+    @around(cache.KVCache, "expand")
+    def expand(original, self, n):
+        B = len(self.filled)
+        original(self, n)
+        self.reorder([i % B * n for i in range(n * B)])
+
+
+@mutant
+def every_row_is_rewound_as_the_first():
+    _, cache, *_ = project()
+
+    @around(cache.KVCache, "rewind")
+    def rewind(original, self, position):
+        original(self, position)
+        self.filled = [min(n, self.filled[0]) for n in self.filled]
+
+
+@mutant
+def padding_is_not_rewound():
+    _, cache, generate, *_ = project()
+
+    @around(generate, "advance")
+    def advance(original, model, rows, kept=None, memory=None, last=1):
+        if kept is None:
+            return original(model, rows, kept, memory, last)
+        width = max(len(row) - n for row, n in zip(rows, kept.filled))
+        after = [n + width for n in kept.filled]
+        logits = original(model, rows, kept, memory, last)
+        kept.filled = after
+        return logits
+
+
+@mutant
+def a_healed_count_forgets_what_was_rejected():
+    """The count is never rewound, only capped by what the rows hold: a new draft then meets rejected keys."""
+    _, cache, *_ = project()
+
+    @around(cache.KVCache, "rewind")
+    def rewind(original, self, position):
+        before = self.filled
+        original(self, position)
+        self.filled = [max(n, old - 1) for n, old in zip(self.filled, before)]
+
+
+# -----------------------------------------------------------------------------
+# Sources
+
+
+@mutant
+def a_new_source_that_fails_leaves_a_mixture_of_two():
+    *_, model, _ = project()
+
+    @around(model.BART, "decode")
+    def decode(original, self, target, encoded, source_lengths=None, use_kv_cache=False, start_pos=0):
+        try:
+            return original(self, target, encoded, source_lengths, use_kv_cache, start_pos)
+        except ZeroDivisionError:
+            self.source = encoded.clone(), source_lengths, self.project(encoded, source_lengths)
+            raise
+
+
+def decoding(change):
+    """decode() with the source and lengths that change(self, encoded, lengths, start_pos) makes of its own."""
+    *_, model, _ = project()
+
+    @around(model.BART, "decode")
+    def decode(original, self, target, encoded, source_lengths=None, use_kv_cache=False, start_pos=0):
+        if use_kv_cache:
+            encoded, source_lengths = change(self, encoded, source_lengths, start_pos)
+        return original(self, target, encoded, source_lengths, use_kv_cache, start_pos)
+
+
+@mutant
+def an_old_source_answers_for_a_new_one():
+    decoding(lambda self, encoded, lengths, start_pos: (encoded, lengths) if self.source is None else (None, None))
+
+
+@mutant
+def another_source_is_not_noticed_in_mid_stream():
+    decoding(lambda self, encoded, lengths, start_pos: (None if start_pos else encoded, lengths))
+
+
+@mutant
+def other_lengths_are_not_noticed_in_mid_stream():
+    decoding(lambda self, encoded, lengths, start_pos: (encoded, None if start_pos else lengths))
+
+
+@mutant
+def a_memory_that_was_overwritten_passes_for_the_stored_one():
+    *_, model, _ = project()
+
+    @around(model.BART, "decode")
+    def decode(original, self, target, encoded, *args, **kwargs):
+        logits = original(self, target, encoded, *args, **kwargs)
+        if self.source and encoded is not None:
+            self.source = encoded, *self.source[1:]  # the tensor itself in place of a copy
+        return logits
+
+
+@mutant
+def rows_ask_the_neighbouring_source():
+    attention, *_ = project()
+
+    @around(attention.CrossAttention, "forward")
+    def forward(original, self, x, k, v, key_pos):
+        return original(self, x, k.roll(1, 0), v.roll(1, 0), key_pos)
+
+
+@mutant
+def rows_side_by_side_ask_different_sources():
+    attention, *_ = project()
+
+    @around(attention.CrossAttention, "forward")
+    def forward(original, self, x, k, v, key_pos):
+        n = len(x) // len(k)
+        order = [i * len(k) + s for s in range(len(k)) for i in range(n)]
+        y = original(self, x[order], k, v, key_pos)
+        return y[[order.index(r) for r in range(len(x))]]
+
+
+@mutant
+def the_memory_stays_when_rows_leave():
+    _, cache, *_ = project()
+
+    @around(cache.Memory, "take")
+    def take(original, self, rows):
+        return original(self, list(range(len(rows))))
+
+
+@mutant
+def the_source_is_projected_at_every_step():
+    _, _, generate, *_ = project()
+
+    @around(generate, "cached")
+    def cached(original, model, sources, B, room, choose):
+        step = original(model, sources, B, room, choose)
+
+        def wasteful(rows, which):
+            generate.project(model, *generate.encode(model, sources))
+            return step(rows, which)
+        return wasteful
+
+
+# -----------------------------------------------------------------------------
+# Whose state it is
+
+
+@mutant
+def an_uncached_pass_moves_the_cache():
+    *_, model, _ = project()
+
+    @around(model.GPT, "forward")
+    def forward(original, self, idx, use_kv_cache=False, start_pos=0):
+        return original(self, idx, use_kv_cache or self.cache is not None, start_pos)
+
+
+@mutant
+def two_decodings_share_a_cache():
+    *_, model, _ = project()
+
+    @around(model.Model, "new_cache")
+    def new_cache(original, self, batch_size, length=None):
+        known = self.__dict__.setdefault("known", {})
+        kept = known.setdefault((batch_size, length), original(self, batch_size, length))
+        kept.filled = [0] * batch_size
+        return kept
+
+
+@mutant
+def caches_are_left_on_the_model():
+    *_, model, _ = project()
+
+    @around(model.Model, "new_cache")
+    def new_cache(original, self, *args):
+        self.cache = original(self, *args)
+        return self.cache
+
+
+@mutant
+def dropout_is_on_while_generating():
+    attention, *_ = project()
+    replace(attention.Dropout, "rate", lambda original: property(lambda self: self.p if self.training else 0.0))
+
+
+@mutant
+def generating_switches_training_off():
+    _, _, generate, *_ = project()
+
+    @around(generate, "stream")
+    def stream(original, model, *args, **kwargs):
+        return original(model.eval(), *args, **kwargs)
+
+
+# -----------------------------------------------------------------------------
+# Attention, the loop, choosing
+
+
+@mutant
+def shared_heads_are_repeated_in_the_wrong_order():
+    attention, *_ = project()
+
+    @around(attention, "attend")
+    def attend(original, q, k, v, *args, **kwargs):
+        group = q.size(1) // k.size(1)
+        return original(q, k.repeat(1, group, 1, 1), v.repeat(1, group, 1, 1), *args, **kwargs)
+
+
+@mutant
+def scores_are_not_scaled():
+    attention, *_ = project()
+
+    @around(attention, "attend_explicit")
+    def attend_explicit(original, q, k, v, mask=None):
+        return original(q * math.sqrt(q.size(-1)), k, v, mask)
+
+
+@mutant
+def a_ragged_prefill_takes_the_last_column():
+    _, _, generate, *_ = project()
+
+    @around(generate, "advance")
+    def advance(original, model, rows, kept=None, memory=None, last=1):
+        new = [row[n:] for row, n in zip(rows, kept.filled if kept else [0] * len(rows))]
+        width = max(map(len, new))
+        filled = [len(row) for row in rows]
+        logits = original(model, [row + [0] * (width - len(n)) for row, n in zip(rows, new)], kept, memory, last)
+        if kept:
+            kept.filled = filled
+        return logits
+
+
+@mutant
+def every_position_passes_through_the_head():
+    _, _, generate, *_ = project()
+
+    @around(generate, "advance")
+    def advance(original, model, rows, kept=None, memory=None, last=1):
+        new = min(len(row) - n for row, n in zip(rows, kept.filled if kept else [0] * len(rows)))
+        return original(model, rows, kept, memory, max(new, last))[:, -last:]
+
+
+@mutant
+def the_first_row_that_ends_stops_the_batch():
+    _, _, generate, *_ = project()
+
+    @around(generate, "loop")
+    def loop(original, step, rows, max_new_tokens, ended):
+        done = []
+
+        def ends(r, row):
+            done.extend([r] if ended(r, row) else [])
+            return bool(done)
+        return original(step, rows, max_new_tokens, ends)
+
+
+@mutant
+def a_row_goes_on_after_its_end():
+    _, _, generate, *_ = project()
+
+    @around(generate, "loop")
+    def loop(original, step, rows, max_new_tokens, ended):
+        return original(step, rows, max_new_tokens, lambda r, row: False)
+
+
+@mutant
+def the_end_is_asked_for_once_a_step():
+    _, _, generate, *_ = project()
+
+    @around(generate, "loop")
+    def loop(original, step, rows, max_new_tokens, ended):
+        last = {}
+
+        def remember(rows, which):
+            found = step(rows, which)
+            last.update({r: len(row) + len(ids) for r, row, ids in zip(which, rows, found)})
+            return found
+        return original(remember, rows, max_new_tokens, lambda r, row: len(row) == last[r] and ended(r, row))
+
+
+@mutant
+def only_the_first_of_several_ends_counts():
+    *_, model, _ = project()
+    replace(model.Config, "end_ids", lambda original: property(lambda self: original.fget(self)[:1]))
+
+
+@mutant
+def the_highest_id_wins_among_equals():
+    *_, sampling = project()
+
+    @around(sampling.Chooser, "__call__")
+    def call(original, self, logits, rows, which):
+        if self.choice.temperature:
+            return original(self, logits, rows, which)
+        scores = self.scores(logits, rows, which)
+        return (scores.size(-1) - 1 - scores.flip(-1).argmax(-1, keepdim=True)).tolist()
+
+
+@mutant
+def top_k_keeps_ties():
+    import dataclasses
+
+    import torch
+    *_, sampling = project()
+
+    @around(sampling.Chooser, "draw")
+    def draw(original, self, scores):
+        if not self.choice.top_k:
+            return original(self, scores)
+        least = scores.topk(min(self.choice.top_k, scores.size(-1)))[0][:, -1:]
+        own, self.choice = self.choice, dataclasses.replace(self.choice, top_k=None)
+        try:
+            return original(self, scores.masked_fill(scores < least, -torch.inf))
+        finally:
+            self.choice = own
+
+
+@mutant
+def a_rule_reads_the_limit_of_another_row():
+    *_, sampling = project()
+
+    @around(sampling.Chooser, "scores")
+    def scores(original, self, logits, rows, which):
+        return original(self, logits, rows, range(len(rows)))
+
+
+# -----------------------------------------------------------------------------
+
+
+def pytest_configure(config):
+    """As a plugin of pytest, in the process of a mutant: put it in before any test is imported."""
+    MUTANTS[os.environ["MINDECODE_MUTANT"]]()
+
+
+def survives(name):
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "mutants", *TESTS]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "MINDECODE_MUTANT": name, "PYTHONPATH": str(ROOT / "tests")}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
+    assert done.returncode in (0, 1), done.stdout + done.stderr  # anything else: the mutant does not fit any more
+    return done.returncode == 0, next((line for line in done.stdout.splitlines() if line.startswith("FAILED")), "")
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        sys.exit(__doc__)
-    alive = 0
-    for what, *mutant in MUTANTS:
-        lives = survives(*mutant)
-        alive += lives
-        print(f"{'SURVIVES' if lives else 'noticed '}  {what}", flush=True)
-    print(f"{len(MUTANTS) - alive} of {len(MUTANTS)} mutants noticed")
+    names = sys.argv[1:] or list(MUTANTS)
+    if unknown := [name for name in names if name not in MUTANTS]:
+        sys.exit(f"there is no mutant {unknown[0]!r}\n{__doc__}")
+    with ThreadPoolExecutor(2) as pool:
+        alive = 0
+        for name, (lives, where) in zip(names, pool.map(survives, names)):
+            alive += lives
+            by = where.removeprefix("FAILED tests/").split(" - ")[0]
+            print(f"{'SURVIVES' if lives else 'noticed '}  {name.replace('_', ' ')}{f'  [{by}]' if by else ''}", flush=True)
+    print(f"{len(names) - alive} of {len(names)} mutants noticed")
     sys.exit(alive > 0)

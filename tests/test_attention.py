@@ -2,13 +2,21 @@
 
 import copy
 import math
+import os
 import random
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from attention import (CausalSelfAttention, CrossAttention, KVCache, SelfAttention, attend, attend_explicit, causal,
-                       dense, within)
+import attention
+from attention import (NOWHERE, Causal, CausalSelfAttention, CrossAttention, Everything, KVCache, SelfAttention, attend,
+                       attend_explicit, dense, key_positions)
 from model import GPT
 from plumbing.utils import set_seed
 
@@ -102,11 +110,13 @@ def test_rows_at_different_positions_equal_their_solo_runs():
     mha = rough(CausalSelfAttention(config(n_head=2, n_embd=8, block_size=10)), torch.float64)
     x, lengths = torch.randn(3, 10, 8, dtype=torch.float64), [5, 2, 7]
     mha(x[:, :7], True, 0)  # prefilled to the longest: what lies behind a row's length is padding
-    starts = torch.tensor(lengths)[:, None]
+    mha.cache.rewind(lengths)
     new = torch.stack([x[row, n : n + 1] for row, n in enumerate(lengths)])
-    y = mha(new, True, starts)
-    for row, n in enumerate(lengths):
-        assert (y[row, 0] - mha(x[row : row + 1])[0, n]).abs().max() < 1e-12
+    for starts in (torch.tensor(lengths)[:, None], torch.tensor(lengths), lengths):  # on the device, or known to the host
+        y = mha(new, True, starts)
+        for row, n in enumerate(lengths):
+            assert (y[row, 0] - mha(x[row : row + 1])[0, n]).abs().max() < 1e-12
+    assert mha.cache.filled == [6, 3, 8]  # counted for the host's, not for the device's
 
 
 def test_an_uncached_call_between_two_cached_steps_changes_nothing(seed):
@@ -129,6 +139,12 @@ def test_stale_contents_of_the_cache_are_never_read(seed):
 
 
 @pytest.mark.parametrize("start_pos, T, B, numbers", [
+    ([3, 4], 1, 2, "start_pos=4 row 1 3"),    # ragged: a gap
+    ([-3, 3], 1, 2, "start_pos=-3 row 0 3"),
+    ([3, 2], 1, 2, "start_pos=2 row 1 3"),
+    ([0, 3], 6, 2, "start_pos=3 6 8"),        # and an overflow of one row
+    ([3], 1, 2, "2 rows 1 starts"),
+    ([3, 3, 3], 1, 2, "2 rows 3 starts"),
     (5, 1, 2, "start_pos=5 3"),    # a gap
     (2, 1, 2, "start_pos=2 3"),    # back, without rewind()
     (-1, 1, 2, "start_pos=-1 3"),
@@ -159,21 +175,22 @@ def test_rewind_forgets_and_continues_in_another_way(seed):
     x, mha = seed
     mha(x, True, 0)
     mha.cache.rewind(2)
-    assert mha.cache_k[:, :, 2:].abs().max() == 0
     other = torch.rand(2, 3, 6)
     assert torch.allclose(mha(other, True, 2), mha(torch.cat([x[:, :2], other], 1))[:, 2:])
-    with pytest.raises(ValueError, match="position 7: 5"):
-        mha.cache.rewind(7)
-
-
-def test_tensor_positions_have_one_start_or_one_per_row_and_rewind_stays_inside(seed):
-    x, mha = seed
-    with pytest.raises(ValueError, match=r"shape \(2,\)"):
-        mha(x[:, :1], True, torch.tensor([0, 0]))
-    mha(x[:, :3], True, torch.tensor(0))
-    for position in (-3, 9):
-        with pytest.raises(ValueError, match=f"position {position}: 8"):
+    for position in (7, -3, [2, 6], [2], [1, 1, 1]):
+        with pytest.raises(ValueError, match=rf"position {re.escape(str(position))}: \[5, 5\]"):
             mha.cache.rewind(position)
+    assert mha.cache.filled == [5, 5]
+
+
+def test_tensor_positions_have_one_start_or_one_per_row_and_need_a_cache(seed):
+    x, mha = seed
+    for starts in (torch.tensor([0, 0, 0]), torch.zeros(3, 1, dtype=torch.long)):
+        with pytest.raises(ValueError, match="3 positions: it must be 1 or 2"):
+            mha(x[:, :1], True, starts)
+    with pytest.raises(ValueError, match="with a cache"):
+        mha(x[:, :1], False, torch.tensor(0))
+    assert torch.allclose(mha(x[:, :3], True, torch.tensor(0)), mha(x[:, :3]))
 
 
 def test_the_cache_may_be_filled_to_its_last_slot_and_no_further(seed):
@@ -207,7 +224,7 @@ def test_the_cache_follows_the_dtype_of_its_keys_and_refuses_a_change_in_mid_str
     x, mha = seed
     mha(x[:, :3], True, 0)
     mha.double()
-    with pytest.raises(ValueError, match="float32.*float64"):
+    with pytest.raises(ValueError, match="float32.*float64.*start again at start_pos=0"):
         mha(x[:, 3:4].double(), True, 3)
     mha(x.double(), True, 0)
     assert mha.cache_k.dtype == torch.float64
@@ -228,12 +245,21 @@ def test_a_cache_of_ones_own_size_can_be_lent(seed):
 
 
 def test_a_chunk_after_a_prefix_sees_the_prefix_and_its_own_past():
-    mask = dense(causal, torch.tensor([3, 4]), torch.arange(5))
+    mask = dense(Causal.allows, torch.tensor([3, 4]), torch.arange(5))
     assert mask[0, 0].int().tolist() == [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
-    ragged = dense(causal, torch.tensor([[0], [2]]), torch.arange(3))
+    ragged = dense(Causal.allows, torch.tensor([[0], [2]]), torch.arange(3))
     assert ragged[:, 0, 0].int().tolist() == [[1, 0, 0], [1, 1, 1]]
-    padded = dense(within(torch.tensor([2, 3])), torch.arange(1), torch.arange(3), batch_size=2)
+    padded = dense(Everything.allows, None, key_positions(torch.arange(3), torch.tensor([2, 3])))
     assert padded[:, 0, 0].int().tolist() == [[1, 1, 0], [1, 1, 1]]
+
+
+def test_a_predicate_may_ask_for_row_and_head_and_keys_may_stand_anywhere():
+    own = lambda b, h, q, k: (k <= q) & ((b + h) % 2 == 0)
+    key_pos = torch.tensor([[4, 1, NOWHERE], [2, 3, 9]])  # each row's slots hold other positions
+    mask = dense(own, torch.tensor([2, 9]), key_pos, n_head=2)
+    assert mask.shape == (2, 2, 2, 3)
+    assert mask[0, 0].int().tolist() == [[0, 1, 0], [1, 1, 0]] and mask[1, 1].int().tolist() == [[1, 0, 0], [1, 1, 1]]
+    assert not mask[0, 1].any() and not mask[1, 0].any()
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -272,26 +298,69 @@ def test_padding_of_a_source_is_never_seen():
     encoder = rough(SelfAttention(config(n_head=2, n_kv_head=1, n_embd=8)), torch.float64)
     cross = rough(CrossAttention(config(n_head=2, n_kv_head=1, n_embd=8)), torch.float64)
     x, q, lengths = torch.randn(2, 6, 8, dtype=torch.float64), torch.randn(2, 3, 8, dtype=torch.float64), torch.tensor([4, 6])
-    solo = encoder(x[:1, :4]), cross(q[:1], x[:1, :4])
-    assert (encoder(x, lengths)[:1, :4] - solo[0]).abs().max() < 1e-12
-    assert (cross(q, x, lengths)[:1] - solo[1]).abs().max() < 1e-12
-    assert (encoder(x)[:1, :4] - solo[0]).abs().max() > 1e-3  # it would matter
+    pos, key_pos = torch.arange(6), key_positions(torch.arange(6), lengths)
+    solo = encoder(x[:1, :4], pos[:4], pos[:4]), cross(q[:1], *cross.project(x[:1, :4]), pos[:4])
+    assert (encoder(x, pos, key_pos)[:1, :4] - solo[0]).abs().max() < 1e-12
+    assert (cross(q, *cross.project(x), key_pos)[:1] - solo[1]).abs().max() < 1e-12
+    assert (encoder(x, pos, pos)[:1, :4] - solo[0]).abs().max() > 1e-3  # it would matter
 
 
 # -----------------------------------------------------------------------------
-# cross-attention's cache
+# cross-attention
 
 
-def test_cross_attention_reads_its_cache_when_no_memory_is_given():
-    cross = rough(CrossAttention(config(n_head=2, n_embd=8)), torch.float64)
-    x, memory = torch.randn(2, 3, 8, dtype=torch.float64), torch.randn(2, 5, 8, dtype=torch.float64)
-    with pytest.raises(ValueError, match="no memory"):
-        cross(x, use_kv_cache=True)
-    y = cross(x, memory, torch.tensor([5, 2]), use_kv_cache=True)
-    calls = []
-    cross.c_kv.register_forward_hook(lambda *_: calls.append(1))
-    assert torch.equal(cross(x, use_kv_cache=True), y) and not calls
-    other = torch.randn(2, 5, 8, dtype=torch.float64)
-    assert torch.equal(cross(x, other, use_kv_cache=True), cross(x, other))  # a new memory replaces the old one
-    with pytest.raises(ValueError, match="1 rows attend to a memory of 2"):
-        cross(x[:1], use_kv_cache=True)
+def test_rows_side_by_side_ask_one_source():
+    cross = rough(CrossAttention(config(n_head=2, n_kv_head=1, n_embd=8)), torch.float64)
+    x, encoded = torch.randn(6, 3, 8, dtype=torch.float64), torch.randn(2, 5, 8, dtype=torch.float64)
+    k, v = cross.project(encoded)
+    for lengths in (None, torch.tensor([5, 2])):
+        key_pos = key_positions(torch.arange(5), lengths)
+        y = cross(x, k, v, key_pos)
+        for row in range(6):  # rows 0 to 2 ask source 0, rows 3 to 5 source 1
+            n = 5 if lengths is None else lengths[row // 3]
+            alone = cross(x[row : row + 1], *cross.project(encoded[row // 3 : row // 3 + 1, :n]), torch.arange(n))
+            assert (y[row] - alone[0]).abs().max() < 1e-12
+    with pytest.raises(ValueError, match="3 rows attend to a memory of 2"):
+        cross(x[:3], k, v, torch.arange(5))
+
+
+# -----------------------------------------------------------------------------
+# in other people's code
+
+
+def test_a_config_with_nothing_but_sizes_is_enough():
+    bare = SimpleNamespace(n_embd=8, n_head=2)
+    mha, x = rough(CausalSelfAttention(bare), torch.float64).train(), torch.randn(2, 7, 8, dtype=torch.float64)
+    whole = mha(x)  # no dropout, as none was asked for
+    assert (torch.cat([mha(x[:, :4], True), mha(x[:, 4:], True, 4)], 1) - whole).abs().max() < 1e-12
+    assert mha.cache_k.shape[1:] == (2, 1024, 4) and mha(torch.randn(1, 2000, 8, dtype=torch.float64)).shape[1] == 2000
+    encoder, cross, pos = SelfAttention(bare).double(), CrossAttention(bare).double(), torch.arange(7)
+    assert cross(x, *cross.project(encoder(x, pos, pos)), pos).shape == x.shape
+
+
+def test_attention_and_cache_import_nothing_else_of_ours(tmp_path):
+    root = Path(attention.__file__).parent
+    for name in ("attention.py", "cache.py"):
+        shutil.copy(root / name, tmp_path)
+    code = "from attention import CausalSelfAttention; from types import SimpleNamespace as S; import torch; " \
+           "print(CausalSelfAttention(S(n_embd=4, n_head=2))(torch.ones(1, 3, 4), use_kv_cache=True).shape)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
+                          env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"})
+    assert done.stdout.strip() == "torch.Size([1, 3, 4])", done
+
+
+def test_another_pattern_takes_the_place_of_the_causal_one():
+    class Window(Causal):
+        """The newest two positions."""
+
+        def forward(self, q, k, v, query_pos, key_pos):
+            return attend(q, k, v, dense(lambda b, h, q, k: (k <= q) & (k > q - 2), query_pos, key_pos))
+
+    mha = rough(CausalSelfAttention(config(n_head=2, n_embd=8, block_size=10), pattern=Window), torch.float64)
+    x = torch.randn(2, 9, 8, dtype=torch.float64)
+    whole = mha(x)
+    parts = [mha(x[:, :4], True, 0), mha(x[:, 4:5], True, 4), mha(x[:, 5:], True, 5)]
+    assert (torch.cat(parts, 1) - whole).abs().max() < 1e-12
+    changed = x.clone()
+    changed[:, 2] += 1  # seen from positions 2 and 3 alone
+    assert (mha(changed) - whole).abs().amax((0, 2)).gt(1e-6).tolist() == [False] * 2 + [True] * 2 + [False] * 5

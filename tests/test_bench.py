@@ -7,7 +7,7 @@ import pytest
 
 import bench
 from conftest import call
-from model import BART, GPT
+from model import BART
 from plumbing.weights import save_pretrained
 
 
@@ -33,8 +33,7 @@ def test_loading_is_measured_in_pairs_and_compared_with_transformers(tiny):
 
 def test_a_random_model_is_removed_again(tmp_path, monkeypatch):
     monkeypatch.setattr(bench.tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setitem(bench.PRESETS, "tiny", GPT)
-    monkeypatch.setitem(GPT.presets, "tiny", dict(n_layer=1, n_head=1, n_embd=4, vocab_size=9, block_size=4))
+    monkeypatch.setitem(bench.PRESETS, "tiny", ("gpt", dict(n_layer=1, n_head=1, n_embd=4, vocab_size=9, block_size=4)))
     monkeypatch.setattr(bench, "fresh", lambda function, *args: function(*args))
     outcome = call(bench.main, "load", "--random", "tiny", "--dtype", "bfloat16", "--pairs", 1)
     assert outcome.code == 0 and "load tiny, bfloat16, cpu" in outcome.out, outcome

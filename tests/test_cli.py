@@ -10,6 +10,7 @@ import sys
 import pytest
 from conftest import BART_TOML, GPT_TOML, ROOT, TEXT, call, finish, shell, train_run
 
+import bench
 import generate
 import sampling
 import train
@@ -112,28 +113,38 @@ BAD_GENERATE = {  # arguments: what the line on stderr must name
     f"{GPT} --dtype int8": "int8",
     f"{GPT} --beams 4": "--beams 4",
     f"{GPT} --beams 0": "--beams 0",
-    f"{GPT} --compare --temperature 1": "--temperature",
-    f"{GPT} --compare --top-k 5": "--top-k 5",
     f"{GPT} --top-k 5": "set --temperature",
-    f"{GPT} --trace --compare": "--trace",
-    f"{GPT} --trace --report {{tmp}}/page.html": "--trace",
-    f"{GPT} --report {{tmp}}/page.html --num-samples 2": "--num-samples 2",
-    f"{GPT} --compare --stats": "--stats",
-    f"{GPT} --report {{tmp}}/nowhere/page.html": "cannot write",
-    f"{GPT} --trace --num-samples 2": "--num-samples",
-    f"{GPT} --report {{tmp}}/folder": "folder",
-    f"{GPT} --report {{tmp}}/none/report.html": "report.html",
-    f"{GPT} --prompt-tokens 3": "one prompt",
-    "--model {gpt} --prompt-tokens 3": "--prompt-tokens",
-    "--random unknown --prompt-tokens 3 --compare": "unknown",
-    "--random gpt2": "prompt",
-    "--random gpt2 --prompt the --compare": "--prompt-tokens",
-    "--random gpt2 --prompt-tokens 3": "--compare",
-    "--random gpt2 --prompt-tokens 0 --compare": "--prompt-tokens 0",
-    "--random {tmp}/gpt.toml --prompt-tokens 9999999999999 --compare": "block_size",
-    "--random {tmp}/huge.toml --prompt-tokens 3 --compare": "GiB",
-    "--random {tmp}/garbage.toml --prompt-tokens 3 --compare": "garbage.toml",
-    "--random {tmp} --prompt-tokens 3 --compare": "regular file",
+    f"{GPT} --compare": "--compare",
+    f"{GPT} --prompt-tokens 3": "--prompt-tokens",
+    "--random gpt2 --prompt the": "--random",
+}
+BAD_BENCH = {
+    f"compare {GPT} --temperature 1": "--temperature",
+    f"compare {GPT} --top-k 5": "--top-k",
+    f"compare {GPT} --stats": "--stats",
+    f"compare {GPT} --strategy naive": "--strategy",
+    f"compare {GPT} --max-new-tokens 62": "block_size=64",
+    f"compare {GPT} --num-samples 0": "--num-samples 0",
+    "compare --model {gpt}": "one prompt",
+    "compare --model {gpt} --random gpt2 --prompt the": "--random",
+    f"trace {GPT} --num-samples 2": "--num-samples 2",
+    f"trace {GPT} --strategy hoisted": "hoisted",
+    f"trace {GPT} --output x": "--output",
+    f"report {GPT}": "--output",
+    f"report {GPT} --output {{tmp}}/page.html --num-samples 2": "--num-samples 2",
+    f"report {GPT} --output {{tmp}}/nowhere/page.html": "cannot write",
+    f"report {GPT} --output {{tmp}}/folder": "folder",
+    f"report {GPT} --output {{tmp}}/none/report.html": "report.html",
+    f"compare {GPT} --prompt-tokens 3": "one prompt",
+    "compare --model {gpt} --prompt-tokens 3": "--prompt-tokens",
+    "compare --random unknown --prompt-tokens 3": "unknown",
+    "compare --random gpt2": "prompt",
+    "trace --random gpt2 --prompt the": "--prompt-tokens",
+    "compare --random gpt2 --prompt-tokens 0": "--prompt-tokens 0",
+    "compare --random {tmp}/gpt.toml --prompt-tokens 9999999999999": "block_size",
+    "compare --random {tmp}/huge.toml --prompt-tokens 3": "GiB",
+    "compare --random {tmp}/garbage.toml --prompt-tokens 3": "garbage.toml",
+    "compare --random {tmp} --prompt-tokens 3": "regular file",
 }
 
 
@@ -144,6 +155,15 @@ def test_generate_refuses_in_one_line_that_names_it(line, places):
     assert_refused(outcome)
     assert tree(places["tmp"]) == before
     assert BAD_GENERATE[line] in outcome.err
+
+
+@pytest.mark.parametrize("line", BAD_BENCH)
+def test_bench_refuses_in_one_line_that_names_it(line, places):
+    before = tree(places["tmp"])
+    outcome = call(bench.main, *words(line, places))
+    assert_refused(outcome)
+    assert tree(places["tmp"]) == before
+    assert BAD_BENCH[line] in outcome.err
 
 
 def test_a_prompt_that_is_not_unicode_is_refused(places):
@@ -365,7 +385,7 @@ def published(tiny_bart, tmp_path):
 @pytest.mark.parametrize("lines", [
     {"num_beams": 4, "length_penalty": 2.0}, {"num_beams": "four"}, {"num_beams": [4] * 1000}, {"repetition_penalty": 1.2},
     {"bad_words_ids": [[n] for n in range(1000)]}, {"min_length": -1}, {"max_length": 1.5}, {"no_repeat_ngram_size": "x"},
-    {"forced_eos_token_id": [2]}, {"eos_token_id": [2, 5]}, {"stop_strings": ["x"]}, {"typical_p": 0.9}, {"forced_bos_token_id": 10**6}, {"decoder_start_token_id": 10**6}], ids=str)
+    {"forced_eos_token_id": [2]}, {"eos_token_id": [2, 500]}, {"eos_token_id": "x"}, {"eos_token_id": -5}, {"eos_token_id": []}, {"stop_strings": ["x"]}, {"typical_p": 0.9}, {"forced_bos_token_id": 10**6}, {"decoder_start_token_id": 10**6}], ids=str)
 def test_what_cannot_be_honoured_is_refused_by_name(published, lines):
     outcome = published(**lines)
     assert_refused(outcome)
@@ -388,6 +408,15 @@ def test_lengths_and_forced_ids_are_honoured(published, tiny_bart):
     assert ids(forced_bos_token_id=letter)[0] == letter
     assert len(ids("--prompt", "a", min_length=8)) >= 7 > len(ids("--prompt", "a"))
     assert len(ids("--max-new-tokens", 2, max_length=9)) == 2
+
+
+def test_each_of_several_published_ends_is_honoured(published):
+    ids = lambda **lines: json.loads(published(**lines).out)["ids"]
+    whole = ids()
+    assert len(set(whole)) == len(whole) > 4
+    assert ids(eos_token_id=[whole[-1], whole[3]]) == whole[:4]
+    assert ids(eos_token_id=[whole[2]]) == whole[:3] and ids(eos_token_id=whole[1]) == whole[:2]
+    assert not {whole[3], whole[1]} & set(ids(eos_token_id=[whole[3], whole[1]], min_length=4)[:3])
 
 
 # -----------------------------------------------------------------------------

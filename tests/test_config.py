@@ -16,7 +16,8 @@ from model import BART, GPT
 from plumbing import config as configs
 from plumbing.data import DataConfig
 from plumbing.errors import UserError
-from plumbing.models import MODELS, check_memory, count_parameters, model_class, random_model, read_model_config
+from plumbing.models import (MODELS, check_memory, count_parameters, model_class, preset_config, random_model,
+                             read_model_config)
 from train import TrainConfig
 
 SECTIONS = ("model", "data", "train")
@@ -145,8 +146,8 @@ PUBLISHED = {"gpt2": 124_439_808, "gpt2-medium": 354_823_168, "gpt2-large": 774_
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_presets_have_the_published_sizes(name):
     """BART's: our position tables lack the two rows nobody looks up, our head has final_logits_bias as a parameter."""
-    cls = GPT if name in GPT.presets else BART
-    config = cls.get_preset_config(name)
+    cls = GPT if name.startswith("gpt") else BART
+    config = preset_config(name)
     with torch.device("meta"):
         assert cls(config).count_parameters() == count_parameters(config)
     differ = 0 if cls is GPT else config.vocab_size - 2 * 2 * config.n_embd
@@ -197,7 +198,7 @@ def test_random_models_come_from_presets_and_files_with_any_of_their_values(tmp_
 # The source
 
 # What stands higher may import what stands lower, never its equal.
-LEVEL = {"cache": 0, "attention": 1, "sparse": 2, "model": 3, "sampling": 4, "cost": 4, "generate": 5, "train": 5, "bench": 6}
+LEVEL = {"cache": 0, "sampling": 0, "attention": 1, "sparse": 2, "model": 3, "cost": 4, "generate": 5, "train": 5, "bench": 6}
 LESSON = sorted(ROOT.glob("*.py"))
 PLUMBING = sorted(ROOT.glob("plumbing/*.py"))
 SOURCE = LESSON + PLUMBING
@@ -248,7 +249,7 @@ def test_a_default_is_written_once():
     from plumbing import cli
     args = cli.parse("", ["--model", "x", "--prompt", "y"])
     for name, value in asdict(Choice()).items():
-        assert getattr(args, name, value) == value
+        assert getattr(args, name, None) in (None, value)
     for path in FILES:
         assert "resume" not in tomllib.loads(path.read_text()).get("train", {})
     assert json.dumps(asdict(TrainConfig()))  # plain values only: they are saved with every checkpoint

@@ -8,10 +8,12 @@ import torch
 from torch.nn.modules.module import Module
 
 from attention import Attention
-from cost import attention_weights, compare, count, matrix, parting, predict, rows_through
+from bench import compare, parting
+from cost import attention_weights, count, linears, matrix, predict, rows_through
 from generate import generate, strategies, stream
 from model import BART, GPT, BARTConfig, GPTConfig
-from plumbing.report import comparison_table
+from plumbing.errors import UserError
+from plumbing.report import comparison_table, shape_table
 from plumbing.utils import set_seed
 
 
@@ -97,7 +99,9 @@ def test_cross_keys_and_values_are_projected_once_when_cached():
     model = tiny_bart(n_decoder_layer=2)
     for strategy, passes in dict(naive=7, hoisted=7, cached=1).items():
         records = counted(model, [[3] * 9], 7, strategy).records
-        assert [r["name"] for r in records].count("c_kv") == 2 * passes
+        projections = [r for r in records if r["name"] == "c_kv"]
+        assert len(projections) == 2 * passes
+        assert [(r["phase"], r["step"]) for r in projections] == [("project", k + 1) for k in range(passes) for _ in "LL"]
 
 
 def random_case(seed):
@@ -125,8 +129,8 @@ def test_the_prediction_equals_the_count(seed):
         assert predicted["cross_cache_bytes"] == cost.cache_bytes("cross")
         if M > 1:  # the last step reads the linears that it runs, and the keys and values that it attends to
             last = [p for p in cost.products if p[1] == M]
-            linears = [model.get_submodule(name) for _, _, name, _, right in last if len(right) == 2]
-            assert predicted["weight_bytes"] == sum(p.nbytes for m in linears for p in m.parameters())
+            ran = [model.get_submodule(name) for _, _, name, _, right in last if len(right) == 2]
+            assert predicted["weight_bytes"] == sum(p.nbytes for m in ran for p in m.parameters())
             read = sum(2 * 4 * right.numel() for *_, right in last if len(right) == 4)
             assert predicted["step_bytes"] - predicted["weight_bytes"] == (read if strategy == "cached" else 0)
 
@@ -163,7 +167,7 @@ def test_attention_output_has_the_shape_of_its_query():
 def test_a_decoder_prompt_enters_at_once_and_then_one_token_at_a_time():
     cost = counted(tiny_bart(), [[3] * 9], 4, "cached", decoder_prompts=[[5, 6, 7]])
     assert dict(cost.decoder) == {1: 4, 2: 1, 3: 1, 4: 1}
-    assert {r["phase"] for r in cost.records if r["step"] == 1} == {"encode", "prefill"}
+    assert {r["phase"] for r in cost.records if r["step"] == 1} == {"encode", "project", "prefill"}
     assert {r["phase"] for r in cost.records if r["step"] > 1} == {"step"}
 
 
@@ -172,19 +176,19 @@ def test_the_table_tells_what_grows_from_the_records():
     cached = counted(model, [[3] * 9], 6, "cached")
     with count(model) as training:
         model(torch.full((1, 9), 3), torch.full((1, 6), 3))
-    lines = {tuple(line.split()[:2]): line for line in cached.table(training).splitlines() if line}
+    lines = {tuple(line.split()[:2]): line for line in shape_table(cached.records, training.records).splitlines() if line}
     assert "2 x (1 x 4) @ (4 x k)" in lines["self", "QK^T"] and "grows with k" in lines["self", "QK^T"]
     assert "2 x (6 x 4) @ (4 x 6)" in lines["self", "QK^T"]  # training: all positions at once
     assert "2 x (1 x 4) @ (4 x 9)" in lines["cross", "QK^T"] and "fixed" in lines["cross", "QK^T"]
     assert "once" in lines["cross", "c_kv"]
-    assert cached.table().endswith("what grows with k: self QK^T (BGEMM), self PV (BGEMM)\n")
-    assert "(1 x k+4)" in counted(tiny_gpt(), [[3] * 5], 4, "cached").table()  # a prompt of 5: call k sees k + 4
-    assert "(k x 8) @" in counted(model, [[3] * 9], 6, "hoisted").table()
+    assert shape_table(cached.records).endswith("what grows with k: self QK^T (BGEMM), self PV (BGEMM)")
+    assert "(1 x k+4)" in shape_table(counted(tiny_gpt(), [[3] * 5], 4, "cached").records)  # a prompt of 5: call k sees k + 4
+    assert "(k x 8) @" in shape_table(counted(model, [[3] * 9], 6, "hoisted").records)
 
 
-def test_json_lines_hold_every_record():
-    cost = counted(tiny_bart(), [[3] * 9], 3, "cached")
-    assert [json.loads(line) for line in cost.jsonl().splitlines()] == cost.records
+def test_records_are_plain_data():
+    records = counted(tiny_bart(), [[3] * 9], 3, "cached").records
+    assert json.loads(json.dumps(records)) == records
 
 
 # ---- leaving no trace
@@ -192,8 +196,9 @@ def test_json_lines_hold_every_record():
 
 def hooks(model):
     kept = [name for name in vars(Module()) if name.endswith("hooks")]
-    wrapped = [module for module in model.modules() if "output" in vars(module)]
-    return wrapped + [hook for module in model.modules() for name in kept for hook in getattr(module, name)]
+    patched = [module for module in model.modules() for value in vars(module).values()
+               if callable(value) and not isinstance(value, Module) and module is not getattr(model, "act", None)]
+    return patched + [hook for module in model.modules() for name in kept for hook in getattr(module, name)]
 
 
 def test_counting_leaves_no_hooks_also_after_an_exception():
@@ -229,7 +234,7 @@ def test_another_model_is_not_counted():
 
 def test_all_strategies_agree_and_their_counts_are_exact():
     for model, prompts in (tiny_bart(), [[3] * 9, [5] * 4]), (tiny_gpt(), [[3] * 6, [5]]):
-        result = compare(model, runs(model, prompts, 7), max(map(len, prompts)), len(prompts))
+        result = compare(model, runs(model, prompts, 7), max(map(len, prompts)))
         assert result["identical"] and result["exact"] and result["M"] == 7
         assert all(s["logit_difference"] < 1e-5 for s in result["strategies"])
         assert [s["strategy"] for s in result["strategies"]] == list(strategies(model))
@@ -243,10 +248,10 @@ def test_a_strategy_that_differs_is_reported_with_its_first_step_and_gap():
     prompts = [[3] * 9, [5] * 9]
 
     def wrong():
-        for k, ids in enumerate(stream(model, prompts, 6, ignore_eos=True)):
-            yield [ids[0], (ids[1] + (k >= 3)) % 16]
+        for k, (first, [second]) in enumerate(stream(model, prompts, 6, ignore_eos=True)):
+            yield [first, [(second + (k >= 3)) % 16]]
 
-    result = compare(model, runs(model, prompts, 6) | {"cached": wrong}, 9, 2)
+    result = compare(model, runs(model, prompts, 6) | {"cached": wrong}, 9)
     first = result["strategies"][2]["first_difference"]
     assert not result["identical"] and result["strategies"][1]["identical"]
     assert (first["step"], first["row"]) == (4, 1) and first["gap"] > 0
@@ -261,22 +266,64 @@ def test_a_strategy_that_does_more_than_it_should_is_not_exact():
 
 
 def test_a_row_that_ended_or_parted_is_compared_no_further():
-    ids = [[4, 5], [2, 6], [None, 7]]
-    logits = [torch.zeros(2, 8) for _ in ids]
-    after_the_end = [logits[0], logits[1], torch.tensor([[9.0], [0.5]]).expand(2, 8)]
-    assert parting(ids, logits, ids, after_the_end) == (0.5, None)
-    other = [[4, 3], [5, 6], [None, 1]]  # row 0 parts at step 2, row 1 at step 1
-    assert parting(ids, logits, other, after_the_end) == (0, dict(step=1, row=1, tokens=[5, 3], gap=0))
+    ids = [[4, 2], [5, 6, 7]]
+    flat = [{0: torch.zeros(8), 1: torch.zeros(8)}, {0: torch.zeros(8), 1: torch.zeros(8)}, {1: torch.zeros(8)}]
+    after_the_end = [flat[0], flat[1], {1: torch.full((8,), 0.5)}]
+    assert parting(ids, flat, ids, after_the_end) == (0.5, None)
+    other = [[4, 5, 9], [3, 6, 1]]  # row 0 parts at step 2, row 1 at step 1
+    wild = [flat[0], flat[1], {0: torch.full((8,), 9.0), 1: torch.full((8,), 9.0)}]
+    assert parting(ids, flat, other, wild) == (0, dict(step=1, row=1, tokens=[5, 3], gap=0))
 
 
-def test_ended_rows_keep_their_length():
-    model = tiny_bart()
-    model.lm_head.bias.data[model.config.eos_id] = 1e-3  # some row ends early
-    prompts = [[i] * 4 for i in range(3, 9)]
-    run = {name: lambda name=name: stream(model, prompts, 12, strategy=name) for name in strategies(model)}
-    result = compare(model, run, 4, 6)
-    assert result["identical"] and result["exact"]
-    assert all(s["ids"] == generate(model, prompts, 12) for s in result["strategies"])
+def test_rows_that_end_leave_the_counts_exact():
+    lengths = set()
+    for model in (tiny_gpt(), tiny_bart()):
+        for p in model.parameters():
+            p.data.mul_(8)  # so that texts vary
+        prompts = [[i] * 4 for i in range(3, 9)]
+        for eos in generate(model, prompts, 12, ignore_eos=True)[0][2:]:
+            model.config.eos_id = eos
+            run = {name: lambda name=name: stream(model, prompts, 12, strategy=name) for name in strategies(model)}
+            result = compare(model, run, 4)
+            assert result["identical"] and result["exact"]
+            assert all(s["ids"] == generate(model, prompts, 12) for s in result["strategies"])
+            lengths |= {tuple(map(len, result["strategies"][0]["ids"]))}
+    assert any(len(set(rows)) > 1 for rows in lengths)  # rows ended at different steps
+
+
+# ---- predicting
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_the_table_of_linears_is_the_models(seed):
+    model, *_ = random_case(seed)
+    found = {name: (m.in_features, m.out_features) for name, m in model.named_modules() if hasattr(m, "in_features")}
+    assert found == {row.name.format(i): (row.n_in, row.n_out) for row in linears(model.config) for i in range(row.layers)}
+
+
+def test_another_strategy_is_refused():
+    with pytest.raises(UserError, match="'speculative'.*naive, hoisted, cached"):
+        predict(tiny_gpt().config, "speculative", 3, 4)
+
+
+def test_linears_that_are_not_torchs_are_counted_too():
+    class Quantised(torch.nn.Module):
+        """A product whose weight nobody outside needs to understand."""
+
+        def __init__(self, linear):
+            super().__init__()
+            self.in_features, self.out_features, self.inner = linear.in_features, linear.out_features, [linear]
+
+        def forward(self, x):
+            return self.inner[0](x)
+
+    model = tiny_gpt()
+    expected = counted(model, [[3] * 5], 4, "cached")
+    for block in model.h:
+        block.mlp.c_fc = Quantised(block.mlp.c_fc)
+    model.lm_head = Quantised(model.lm_head)
+    found = counted(model, [[3] * 5], 4, "cached")
+    assert found.records == expected.records and found.linear_rows == predict(model.config, "cached", 5, 4)["linear_rows"]
 
 
 # ---- attention weights

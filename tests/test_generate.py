@@ -1,12 +1,13 @@
 """Generation: strategies agree, rows are independent, the cache costs what it should, and the model is given back."""
 
 import random
+import threading
 
 import pytest
 import torch
 
 from attention import CausalSelfAttention, CrossAttention
-from generate import generate, strategies, stream
+from generate import advance, generate, loop, strategies, stream
 from model import BART, GPT, BARTConfig, GPTConfig
 from plumbing.errors import NonFiniteError, UserError
 from test_model import random_sizes, rough
@@ -22,7 +23,9 @@ def random_model(seed, kind):
         model = BART(BARTConfig(n_encoder_layer=1, n_decoder_layer=rng.randint(1, 2), **sizes | {"vocab_size": rng.randint(5, 30)}))
     model = rough(model)
     # logits of one scale with the model's own noise: without it a tiny random model repeats one token for ever
-    torch.nn.init.normal_(model.wpe.weight if kind == "gpt" else model.decoder_wpe.weight, std=2.0)
+    for name, p in model.named_parameters():
+        if name in ("wpe.weight", "decoder_wpe.weight"):
+            torch.nn.init.normal_(p, std=2.0)
     B = rng.randint(1, 4)
     prompts = [[rng.randrange(model.config.vocab_size) for _ in range(rng.randint(1, 6))] for _ in range(B)]
     return model, prompts, rng.randint(1, model.config.block_size - 6)
@@ -60,6 +63,106 @@ def test_rows_end_on_their_own_and_leave_the_others_alone():
     assert ends == {"first", "middle", "never"}
 
 
+@pytest.mark.parametrize("kind", ["gpt", "bart"])
+def test_any_of_several_ids_ends_a_row(kind):
+    differ = 0
+    for seed in range(40):
+        model, prompts, M = random_model(seed, kind)
+        full = generate(model, prompts, M, ignore_eos=True)
+        model.config.eos_id = ends = [full[0][-1], full[-1][M // 2]]
+        cuts = [next((n + 1 for n, i in enumerate(row) if i in ends), M) for row in full]
+        expected = [row[:cut] for row, cut in zip(full, cuts)]
+        for strategy in strategies(model):
+            assert generate(model, prompts, M, strategy=strategy) == expected
+        differ += len(set(cuts)) > 1
+    assert differ > 5  # rows leave the batch at different steps
+
+
+@pytest.mark.parametrize("strategy", ["naive", "hoisted", "cached"])
+def test_rows_that_have_ended_cost_nothing_more(strategy):
+    for seed in range(100):  # until one is found whose rows end at different steps
+        model, sources, M = random_model(seed, "bart")
+        full = generate(model, sources, M, ignore_eos=True)
+        model.config.eos_id = [full[0][M // 2], full[-1][0]]
+        if len({len(row) for row in generate(model, sources, M)}) > 2:
+            break
+    entered, read = [], []
+    model.decoder[0].register_forward_pre_hook(lambda layer, args: entered.append(len(args[0])))
+    model.encoder[0].register_forward_pre_hook(lambda layer, args: read.append(len(args[0])))
+    new = generate(model, sources, M, strategy=strategy)
+    alive = [sum(len(row) > k for row in new) for k in range(max(map(len, new)))]
+    assert entered == alive and len(set(alive)) > 1
+    assert read == (alive if strategy == "naive" else [len(sources)])
+
+
+def test_a_step_may_find_several_ids_and_the_end_is_asked_for_after_each():
+    asked = []
+
+    def step(rows, which):
+        return [[10 * r + len(rows[n]) + i for i in range(3)] for n, r in enumerate(which)]
+
+    def ended(r, row):
+        asked.append((r, row[-1]))
+        return r == 1 and row[-1] == 15
+
+    found = list(loop(step, [[7], [7, 7], []], 5, ended))
+    assert found == [[[1, 2, 3], [12, 13, 14], [20, 21, 22]], [[4, 5], [15], [23, 24]]]
+    assert (1, 15) in asked and (1, 16) not in asked
+
+
+@pytest.mark.parametrize("kind", ["gpt", "bart"])
+def test_any_number_of_threads_on_one_model_give_each_its_own_tokens(kind):
+    """Ragged batches, in train mode with dropout 0.5, while another thread trains a step beside them."""
+    model, _, M = random_model(11, kind)
+    rng = random.Random(0)
+    for dropout in (module for module in model.modules() if isinstance(module, torch.nn.Dropout)):
+        dropout.p = 0.5
+    batches = [[[rng.randrange(model.config.vocab_size) for _ in range(rng.randint(1, 6))] for _ in range(3)] for _ in range(4)]
+    alone = [generate(model, prompts, M, ignore_eos=True) for prompts in batches]
+    model.train()
+    wrong, start = [], threading.Barrier(5)
+
+    def work(prompts, expected):
+        start.wait()
+        for _ in range(20):
+            if generate(model, prompts, M, ignore_eos=True) != expected:
+                wrong.append(prompts)
+
+    def train():
+        start.wait()
+        ids = torch.zeros(2, 4, dtype=torch.long)
+        for _ in range(20):
+            logits = model(ids) if kind == "gpt" else model(ids, ids)
+            torch.autograd.grad(logits.sum(), model.lm_head.weight)
+            if torch.equal(logits, model(ids) if kind == "gpt" else model(ids, ids)):
+                wrong.append("no dropout where gradients are recorded")
+
+    threads = [threading.Thread(target=work, args=pair) for pair in zip(batches, alone)] + [threading.Thread(target=train)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong and all(module.training for module in model.modules())
+
+
+def test_advance_lets_enter_what_is_not_stored_and_refuses_a_row_without_anything_new():
+    model = random_model(3, "gpt")[0]
+    rows, cache = [[1, 2, 3, 0], [2, 0]], model.new_cache(2, 7)
+    whole = [model(torch.tensor([row]))[0] for row in rows]
+    assert (advance(model, rows) - torch.stack([logits[-1:] for logits in whole])).abs().max() < 1e-10  # without a cache
+    advance(model, [[1], [2]], cache)
+    entered = []
+    model.h[0].register_forward_pre_hook(lambda layer, args: entered.append(args[0].shape[:2]))
+    logits = advance(model, rows, cache)
+    assert entered == [(2, 3)] and cache.filled == [4, 2]
+    assert max((logits[r, 0] - whole[r][-1]).abs().max() for r in (0, 1)) < 1e-10
+    with pytest.raises(ValueError, match=r"1 new ids of every row .*\[1, 0\]"):
+        advance(model, [rows[0] + [1], rows[1]], cache)
+    with pytest.raises(ValueError, match="overflow"):
+        advance(model, [rows[0] + [1] * 4, rows[1] + [1]], cache)
+    assert cache.filled == [4, 2]
+
+
 @pytest.mark.parametrize("seed", range(10))
 def test_a_decoder_prompt_is_continued(seed):
     model, sources, M = random_model(seed, "bart")
@@ -81,13 +184,18 @@ def test_a_decoder_prompt_is_continued(seed):
 def test_after_prefill_one_position_per_row_enters_and_the_source_is_projected_once(kind, prompts):
     model = random_model(3, kind)[0]
     B, entered, projected, sizes, heads = len(prompts), [], [], set(), []
+
+    def kept(module, args):
+        q, k, v, query_pos, key_pos = args
+        sizes.add(tuple(x.untyped_storage().nbytes() for x in (k, v)))
+
     model.decoder_layers()[0].register_forward_pre_hook(lambda layer, args: entered.append(args[0].shape[:2]))
     model.lm_head.register_forward_pre_hook(lambda layer, args: heads.append(args[0].shape[:-1].numel()))
     for layer in model.modules():
         if isinstance(layer, CrossAttention):
             layer.c_kv.register_forward_hook(lambda *_: projected.append(1))
-        if isinstance(layer, CausalSelfAttention):
-            layer.register_forward_hook(lambda layer, *_: sizes.add((layer.cache_k.nbytes, layer.cache_v.nbytes)))
+        if isinstance(layer, CausalSelfAttention):  # what attention reads lies in the buffers of the cache
+            layer.pattern.register_forward_pre_hook(kept)
     prompts = [[i % model.config.vocab_size for i in prompt] for prompt in prompts]
     generate(model, prompts, 5, ignore_eos=True)
     P = 1 if kind == "bart" else max(map(len, prompts))
@@ -95,8 +203,7 @@ def test_after_prefill_one_position_per_row_enters_and_the_source_is_projected_o
     assert heads == [B] * 5  # only the positions whose logits are asked for pass through the head
     assert len(projected) == (model.config.n_decoder_layer if kind == "bart" else 0)
     config = model.config
-    kv = config.n_head if config.n_kv_head is None else config.n_kv_head
-    assert sizes == {(B * kv * (P + 5) * (config.n_embd // config.n_head) * 8,) * 2}
+    assert sizes == {(B * config.kv_width * (P + 5) * 8,) * 2}
 
 
 # -----------------------------------------------------------------------------
@@ -115,6 +222,7 @@ def test_generation_leaves_the_model_as_it_found_it(kind, strategy):
             module.p = 0.5
     modes = [m.training for m in model.modules()]
     caches = {m: object() for m in model.modules() if hasattr(m, "cache")}
+    assert len(caches) == 1 + len(model.decoder_layers())
     for m, cache in caches.items():
         m.cache = cache
     rng, keys = torch.get_rng_state(), list(model.state_dict())
@@ -152,7 +260,7 @@ def test_two_generations_on_one_model_do_not_mix(kind):
         steps.append(pair)
         model(*[torch.tensor([[0, 1]])] * (1 if kind == "gpt" else 2))  # and somebody evaluates in between
     for n in (0, 1):
-        assert [list(row) for row in zip(*(step[n] for step in steps))] == alone[n]
+        assert [sum(row, []) for row in zip(*(step[n] for step in steps))] == alone[n]
 
 
 def test_generations_in_a_row_do_not_see_each_other():

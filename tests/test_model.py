@@ -9,7 +9,7 @@ import torch
 
 from attention import CausalSelfAttention
 from model import BART, GPT, BARTConfig, GPTConfig
-from plumbing.models import count_parameters
+from plumbing.models import count_parameters, preset_config
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 
@@ -148,18 +148,18 @@ def test_after_a_failure_in_any_layer_the_same_call_can_be_repeated(gpt, layer, 
     with pytest.raises(RuntimeError, match="in the middle"):
         gpt(idx[:, start:], True, start)
     handle.remove()
-    assert [block.attn.cache.filled for block in gpt.h if block.attn.cache] == [start] * (2 if start or layer else 1)
+    assert gpt.cache.filled == [start] * 2
     assert (gpt(idx[:, start:], True, start) - gpt(idx)[:, start:]).abs().max() < 1e-10
 
 
 def test_rewinding_lets_a_prefix_be_continued_in_another_way(gpt):
     idx = torch.randint(13, (1, 10))
     gpt(idx, True, 0)
-    gpt.rewind_kv_cache(6)
+    gpt.cache.rewind(6)
     other = torch.cat([idx[:, :6], torch.randint(13, (1, 3))], 1)
     assert (gpt(other[:, 6:], True, 6) - gpt(other)[:, 6:]).abs().max() < 1e-10
     gpt.clear_kv_cache()
-    assert all(block.attn.cache is None for block in gpt.h)
+    assert gpt.cache is None and all(block.attn.cache is None for block in gpt.h)
 
 
 def test_a_new_source_never_meets_an_old_cache(bart):
@@ -216,6 +216,91 @@ def test_the_first_token_depends_on_the_source(bart):
     assert (logits[0] - logits[1]).abs().max() > 1e-3
 
 
+def test_a_decoder_needs_no_source(bart):
+    target = torch.randint(13, (2, 8))
+    whole = bart.decode(target, None)
+    parts = [bart.decode(target[:, :5], None, None, True), bart.decode(target[:, 5:], None, None, True, 5)]
+    assert worst(parts, whole) <= 1e-10
+    assert (whole - bart(torch.randint(13, (2, 3)), target)).abs().max() > 1e-3
+    cache = bart.new_cache(2)
+    assert worst([bart.lm_head(bart.features(target[:, :5], None, cache)),
+                  bart.lm_head(bart.features(target[:, 5:], None, cache, 5))], whole) <= 1e-10
+
+
+def test_several_rows_ask_one_memory_which_is_not_copied(bart):
+    sources, target, lengths = torch.randint(13, (2, 7)), torch.randint(13, (6, 5)), torch.tensor([7, 4])
+    memory = bart.project(bart.encode(sources, lengths), lengths)
+    assert memory.nbytes == 2 * 2 * 2 * 7 * 16 * 8  # keys and values, layers, sources, positions, n_embd, bytes
+    cache, seen = bart.new_cache(6), []
+    bart.decoder[1].cross.pattern.register_forward_pre_hook(lambda module, args: seen.append(args[1].data_ptr()))
+    parts = [bart.lm_head(bart.features(target[:, :3], memory, cache)),
+             bart.lm_head(bart.features(target[:, 3:], memory, cache, 3))]
+    assert seen == [memory.kv[1][0].data_ptr()] * 2
+    repeated = [0, 0, 0, 1, 1, 1]
+    assert worst(parts, bart(sources[repeated], target, lengths[repeated])) <= 1e-10
+    taken = memory.take([1, 0, 1])
+    logits = bart.lm_head(bart.features(target[:3], taken))
+    assert (logits - bart(sources[[1, 0, 1]], target[:3], lengths[[1, 0, 1]])).abs().max() <= 1e-10
+
+
+def test_lengths_are_copied_with_their_source(bart):
+    A, target, lengths = bart.encode(torch.randint(13, (2, 7))), torch.randint(13, (2, 5)), torch.tensor([7, 4])
+    whole = bart.decode(target, A, lengths.clone())
+    memory = bart.project(A, lengths)
+    first = bart.decode(target[:, :3], A, lengths, True)
+    lengths.fill_(1)
+    assert (bart.lm_head(bart.features(target, memory)) - whole).abs().max() <= 1e-10
+    assert worst([first, bart.decode(target[:, 3:], None, None, True, 3)], whole) <= 1e-10
+    with pytest.raises(ValueError, match="not the stored one"):
+        bart.decode(target[:, 3:], None, lengths, True, 3)
+
+
+def test_dropout_works_where_gradients_are_recorded_and_nowhere_else():
+    torch.manual_seed(0)
+    gpt = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=16, vocab_size=13, block_size=10, embd_pdrop=0.5, attn_pdrop=0.5,
+                        resid_pdrop=0.5))
+    idx = torch.randint(13, (2, 10))
+    assert not torch.equal(gpt(idx), gpt(idx))
+    with torch.no_grad():
+        plain = gpt(idx)
+        assert torch.equal(plain, gpt(idx)) and torch.equal(plain, gpt.eval()(idx))
+    for dropout in (module for module in gpt.train().modules() if isinstance(module, torch.nn.Dropout)):
+        before, dropout.p = dropout.p, 0.0
+    assert torch.allclose(gpt(idx), plain) and before == 0.5
+    for dropout in (module for module in gpt.modules() if isinstance(module, torch.nn.Dropout)):
+        dropout.p = 0.5  # each of them matters by itself
+        assert not torch.allclose(gpt(idx), plain)
+        dropout.p = 0.0
+
+
+@pytest.mark.parametrize("kind", ["gpt", "bart"])
+def test_a_step_with_a_tensor_start_compiles_to_one_graph_that_serves_every_position(kind, gpt, bart):
+    """The step that a CUDA graph will capture: whole buffers at fixed addresses, positions that only the device knows."""
+    model, memory = (gpt, None) if kind == "gpt" else (bart, bart.project(bart.encode(torch.randint(13, (3, 7)))))
+    given = {} if memory is None else {"memory": memory}
+    target, cache, graphs = torch.randint(13, (3, 10)), model.new_cache(3), []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def step(idx, start_pos):
+        return model.lm_head(model.features(idx, cache=cache, start_pos=start_pos, **given))
+
+    with torch.inference_mode():
+        whole = model.lm_head(model.features(target, **given))
+        model.features(target[:, :4], cache=cache, **given)
+        addresses = [x.data_ptr() for x in (*cache.k, *cache.v)]
+        compiled = torch.compile(step, fullgraph=True, backend=backend)
+        torch._dynamo.reset()
+        for at in range(4, 10):
+            starts = torch.full((3, 1), at)
+            assert (compiled(target[:, at : at + 1].clone(), starts)[:, 0] - whole[:, at]).abs().max() <= 1e-10
+        ragged = torch.tensor([[2], [5], [9]])
+        assert (compiled(target.gather(1, ragged), ragged)[:, 0] - whole[range(3), ragged[:, 0]]).abs().max() <= 1e-10
+    assert len(graphs) == 1 and addresses == [x.data_ptr() for x in (*cache.k, *cache.v)]
+
+
 def test_caches_follow_autocast_and_device_dtype(gpt):
     idx = torch.randint(13, (2, 6))
     with torch.autocast("cpu", torch.bfloat16):
@@ -249,9 +334,16 @@ def test_memory_of_the_caches_is_made_at_the_first_cached_call_and_for_the_kv_he
     gpt = GPT(GPTConfig(n_layer=2, n_head=4, n_kv_head=2, n_embd=16, vocab_size=13, block_size=10, max_batch_size=3))
     gpt(torch.randint(13, (2, 6)))
     assert all(m.cache is None for m in gpt.modules() if isinstance(m, CausalSelfAttention))
-    gpt(torch.randint(13, (2, 6)), use_kv_cache=True)
-    sizes = [m.cache_k.nbytes + m.cache_v.nbytes for m in gpt.modules() if isinstance(m, CausalSelfAttention)]
-    assert sizes == [2 * 3 * 2 * 10 * 4 * 4] * 2  # keys and values x rows x KV heads x slots x head_dim x bytes
+    for rows in (2, 1, 5):  # it has as many rows as were needed so far, and not max_batch_size
+        gpt(torch.randint(13, (rows, 6)), use_kv_cache=True)
+        have = max(rows, 2)
+        sizes = [m.cache_k.nbytes + m.cache_v.nbytes for m in gpt.modules() if isinstance(m, CausalSelfAttention)]
+        assert sizes == [2 * have * 2 * 10 * 4 * 4] * 2  # keys and values x rows x KV heads x slots x head_dim x bytes
+        assert gpt.cache.nbytes == sum(sizes)
+    cache = gpt.new_cache(3, 7)
+    assert cache.nbytes == 0
+    gpt.features(torch.randint(13, (2, 6)), cache)
+    assert cache.nbytes == 2 * 2 * 3 * 2 * 7 * 4 * 4
 
 
 @pytest.mark.parametrize("settings, words", [
@@ -266,4 +358,6 @@ def test_impossible_configurations_are_refused_with_the_numbers(settings, words)
 
 def test_a_preset_that_does_not_exist_names_those_that_do():
     with pytest.raises(ValueError, match="gpt3.*gpt2-xl"):
-        GPT.get_preset_config("gpt3")
+        preset_config("gpt3")
+    with pytest.raises(ValueError, match="gpt2.*bart-large"):
+        preset_config("gpt2", BART)

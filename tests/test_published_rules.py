@@ -58,10 +58,10 @@ def test_greedy_decoding_by_published_rules_is_transformers_token_for_token(seed
     ours, _ = load_pretrained(tmp_path)
     rows = [ids(ours.config.vocab_size, n).tolist() for n in (1, 4, 9)]
     args = cli.parse("", ["--model", str(tmp_path), "--prompt", "", "--beams", "1"])
-    choice = cli.choice(args, ours, None, load_generation_config(tmp_path), rows[0])
+    M, rules = cli.publishers_rules(args, ours, None, load_generation_config(tmp_path), len(rows[0]))
     expected = [greedy(model, row) for row in rows]
     for strategy in ("cached", "naive"):
-        assert generate(ours, rows, args.max_new_tokens, strategy=strategy, **choice) == expected
+        assert generate(ours, rows, M, strategy=strategy, **rules) == expected
 
 
 def test_in_these_models_every_rule_matters():

@@ -11,7 +11,8 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from cost import attention_weights, compare, matrix
+from bench import compare
+from cost import attention_weights, matrix
 from generate import generate, strategies, stream
 from model import BART, GPT, BARTConfig, GPTConfig
 from plumbing.errors import UserError

@@ -1,6 +1,7 @@
 """Choosing a token: what the filters leave is what transformers' leave, and draws follow the probabilities."""
 
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -8,15 +9,29 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from plumbing.errors import NonFiniteError, UserError
-from sampling import Choice
+import sampling
+from sampling import Choice, Chooser
 
 V = 13
 
 
 def choose(logits, texts=None, is_last=False, eos_id=None, **fields):
     """Ids chosen from logits (B, V) at once."""
-    logits = torch.as_tensor(logits)
-    return Choice(**fields).chooser("cpu", eos_id)(logits, texts or [[]] * len(logits), is_last).tolist()
+    logits, ends = torch.as_tensor(logits), [] if eos_id is None else [eos_id]
+    texts = texts or [[]] * len(logits)
+    limits = [len(text) + 1 if is_last else 10**6 for text in texts]
+    return [i for [i] in Chooser(Choice(**fields), "cpu", ends, limits)(logits, texts, range(len(texts)))]
+
+
+def ruled(logits, texts, is_last=False, eos_id=None, **fields):
+    """What the rules leave of logits (B, V)."""
+    limits = [len(text) + 1 if is_last else 10**6 for text in texts]
+    chooser = Chooser(Choice(**fields), "cpu", [] if eos_id is None else [eos_id], limits)
+    scores = logits.clone()
+    for row, text, limit in zip(scores, texts, limits):
+        for rule, value in chooser.rules:
+            rule(row, value, text, chooser.ends, limit)
+    return scores
 
 
 def possible(row, **fields):
@@ -113,7 +128,7 @@ def test_k_equal_logits_of_many_give_k_ids():
 def test_no_sequence_occurs_twice_as_in_transformers(texts, n, seed):
     from transformers import NoRepeatNGramLogitsProcessor
     logits = rows(seed, n=len(texts))
-    ours = Choice(no_repeat_ngram=n).rule(logits.clone(), texts, False, None)
+    ours = ruled(logits, texts, no_repeat_ngram=n)
     assert torch.equal(ours, NoRepeatNGramLogitsProcessor(n)(torch.tensor(texts), logits.clone()))
 
 
@@ -129,7 +144,7 @@ def test_lengths_and_forced_ids_as_in_transformers(length, is_last):
             processors += [] if first is None else [ForcedBOSTokenLogitsProcessor(first)]
             processors += [] if last is None else [ForcedEOSTokenLogitsProcessor(length + 1 if is_last else 99, last)]
             theirs = LogitsProcessorList(processors)(torch.tensor(texts), logits.clone())
-            ours = Choice(min_length=least, forced_first=first, forced_last=last).rule(logits.clone(), texts, is_last, 2)
+            ours = ruled(logits, texts, is_last, 2, min_length=least, forced_first=first, forced_last=last)
             assert torch.equal(ours, theirs), (least, first, last)
 
 
@@ -143,6 +158,37 @@ def test_rules_leave_the_logits_they_are_given_as_they_were():
 def test_a_rule_for_the_end_means_nothing_where_there_is_no_end():
     assert choose([[0.0, 5.0]], [[1]], eos_id=1, min_length=3) == [0]
     assert choose([[0.0, 5.0]], [[1]], eos_id=None, min_length=3) == [1]
+
+
+def test_no_end_of_several_comes_before_its_time():
+    chooser = Chooser(Choice(min_length=2), "cpu", [1, 2], [9, 9])
+    logits = torch.tensor([[0.0, 5.0, 4.0, 3.0]]).repeat(2, 1)
+    assert chooser(logits, [[0], [0, 0]], [0, 1]) == [[3], [1]]
+
+
+def test_the_limit_is_that_of_the_rows_number_in_the_request():
+    chooser = Chooser(Choice(forced_last=3), "cpu", [], [4, 9, 2])
+    logits = torch.tensor([[5.0, 0.0, 0.0, 0.0]]).repeat(2, 1)
+    assert chooser(logits, [[0], [0]], [1, 2]) == [[0], [3]]  # row 0 has left
+
+
+def test_a_rule_and_a_filter_are_one_entry_in_a_table_each(monkeypatch):
+    """What a student adds: a field of Choice, and an entry of its name."""
+    @dataclass(slots=True)
+    class Wider(Choice):
+        banned: int | None = None
+        coin: float | None = None
+
+    def banned(scores, id, row, ends, limit):
+        scores[id] = -torch.inf
+
+    monkeypatch.setitem(sampling.RULES, "banned", banned)
+    monkeypatch.setitem(sampling.FILTERS, "coin", lambda probs, least: probs > least)
+    monkeypatch.setattr(sampling, "Choice", Wider)
+    logits = torch.tensor([[3.0, 2.9, 2.8, -5.0]]).expand(500, -1)
+    found = Chooser(Wider(banned=0, coin=0.2, temperature=1.0, seed=0))(logits, [[]] * 500, range(500))
+    assert {i for [i] in found} == {1, 2}
+    assert Chooser(Wider())(logits, [[]] * 500, range(500)) == [[0]] * 500
 
 
 # -----------------------------------------------------------------------------
@@ -177,8 +223,8 @@ def test_a_seed_leaves_the_global_generator_alone():
 
 
 def test_every_step_draws_anew():
-    step = Choice(temperature=1.0, seed=0).chooser("cpu", None)
-    assert step(torch.zeros(50, V), [[]] * 50, False).tolist() != step(torch.zeros(50, V), [[]] * 50, False).tolist()
+    choose = Chooser(Choice(temperature=1.0, seed=0))
+    assert choose(torch.zeros(50, V), [[]] * 50, range(50)) != choose(torch.zeros(50, V), [[]] * 50, range(50))
 
 
 def test_each_row_gets_its_own_logits():

@@ -407,7 +407,7 @@ class RotaryGPT(GPT):
     def forward(self, idx):
         x = self.wte(idx) * torch.cos(torch.arange(idx.size(1))[:, None] * self.angles)
         for block in self.h:
-            x = block(x)
+            x = block(x, torch.arange(idx.size(1)))
         return self.lm_head(self.ln_f(x))
 
 
@@ -453,17 +453,8 @@ def test_an_embedding_untied_by_hand_comes_back_untied(tmp_path):
         load_pretrained(tmp_path)
 
 
-@dataclass(slots=True)
-class ManyEnds(core.GPTConfig):
-    eos_id: int | list | None = None
-
-    def validate(self):
-        pass
-
-
 @pytest.mark.parametrize("given, means", [([3], 3), ([3, 5], [3, 5]), (3, 3), (None, None), (99, None)])
-def test_a_text_may_end_in_one_of_several_ids(given, means, tiny, monkeypatch):
-    monkeypatch.setattr(GPT, "config_class", ManyEnds)
+def test_a_text_may_end_in_one_of_several_ids(given, means, tiny):
     config(tiny, eos_token_id=given)
     model, _ = load_pretrained(tiny)
     assert model.config.eos_id == means
@@ -473,10 +464,9 @@ def test_a_text_may_end_in_one_of_several_ids(given, means, tiny, monkeypatch):
 
 
 @pytest.mark.parametrize("given", [[], [3, 99], [3, -1], [3, "4"], [True, 3], [[3], 4], "3"])
-def test_ends_that_no_model_can_produce_are_refused(given, tiny, monkeypatch):
-    monkeypatch.setattr(GPT, "config_class", ManyEnds)
+def test_ends_that_no_model_can_produce_are_refused(given, tiny):
     config(tiny, eos_token_id=given)
-    with pytest.raises(UserError, match="eos_token_id"):
+    with pytest.raises(UserError, match="eos_(token_)?id"):
         load_pretrained(tiny)
 
 
@@ -491,7 +481,7 @@ def test_dropout_and_ids_survive_the_round_trip(tmp_path):
                      eos_id=5, start_id=6, scale_embedding=True, layer_norm_eps=1e-3)
     save_pretrained(tmp_path, BART(config))
     model, _ = load_pretrained(tmp_path)
-    assert model.config == config and model.drop.p == 0.3 and model.decoder[0].attn.attn_pdrop == 0.2
+    assert model.config == config and model.drop.p == 0.3 and model.decoder[0].attn.pattern.p == 0.2
     assert load_generation_config(tmp_path)["decoder_start_token_id"] == 6
     (tmp_path / "generation_config.json").unlink()
     assert load_generation_config(tmp_path) == {}
@@ -623,7 +613,7 @@ HOSTILE = {
     "infinity for a norm": lambda d: config(d, layer_norm_epsilon=float("inf")),
     "a negative norm": lambda d: config(d, layer_norm_epsilon=-1.0),
     "a dropout of 2": lambda d: config(d, resid_pdrop=2),
-    "two ends": lambda d: config(d, eos_token_id=[1, 2]),
+    "two ends": lambda d: config(d, eos_token_id=[1, 99]),
     "another model": lambda d: config(d, model_type="llama"),
     "a model type that is a list": lambda d: config(d, model_type=["gpt2"]),
     "another activation": lambda d: config(d, activation_function="relu"),

@@ -1,0 +1,168 @@
+"""
+Random histories of a decoding: whatever its rows went through, what comes next is what one uncached pass says.
+
+A schedule mixes chunks, ragged passes, rewinds, reorders, rows that leave, rows that multiply, forks, single rows and
+passes that fail. Beside the cache the rows are kept as plain lists of ids, which are the truth.
+"""
+
+import random
+
+import pytest
+import torch
+
+from generate import advance
+from model import BART, GPT, BARTConfig, GPTConfig
+from test_model import random_sizes, rough
+
+MAX_ROWS = 6
+
+
+class Schedule:
+    def __init__(self, seed, kind):
+        self.rng = rng = random.Random(f"{kind} {seed}")
+        torch.manual_seed(seed)
+        sizes = random_sizes(rng) | {"block_size": rng.randint(6, 24)}
+        if kind == "gpt":
+            self.model = GPT(GPTConfig(n_layer=rng.randint(1, 3), **sizes))
+        else:
+            self.model = BART(BARTConfig(n_encoder_layer=1, n_decoder_layer=rng.randint(1, 3), **sizes))
+        self.model = rough(self.model).train()  # as if somebody trained it meanwhile
+        for parameter in self.model.parameters():
+            parameter.requires_grad_(False)
+        B, self.V, self.length = rng.randint(1, 3), sizes["vocab_size"], sizes["block_size"] - rng.randint(0, 2)
+        self.rows, self.memory = [[] for _ in range(B)], None
+        self.cache = self.model.new_cache(B, self.length)
+        if kind == "bart":
+            self.sources = [self.ids(rng.randint(1, 6)) for _ in range(B)]
+            lengths = torch.tensor([len(source) for source in self.sources])
+            padded = torch.tensor([source + [0] * (6 - len(source)) for source in self.sources])
+            with torch.no_grad():
+                self.memory = self.model.project(self.model.encode(padded, lengths), lengths)
+        self.twins = []  # forks that wait: what they are is looked at in the end
+        self.compared, self.worst = 0, 0.0
+
+    def ids(self, n):
+        return [self.rng.randrange(self.V) for _ in range(n)]
+
+    @torch.no_grad()
+    def truth(self, rows):
+        """The logits (T, V) of every row, each alone and uncached."""
+        if self.memory is None:
+            return [self.model(torch.tensor([row]))[0] for row in rows]
+        n = len(rows) // len(self.sources)  # neighbouring rows ask one source
+        return [self.model(torch.tensor([self.sources[r // n]]), torch.tensor([row]))[0] for r, row in enumerate(rows)]
+
+    def grow(self, widths, last):
+        """New ids for every row, so many, and the last logits of each compared with the truth."""
+        grown = [row + self.ids(n) for row, n in zip(self.rows, widths)]
+        logits = advance(self.model, grown, self.cache, self.memory, last)
+        for row, true in enumerate(self.truth(grown)):
+            self.worst = max(self.worst, (logits[row] - true[-last:]).abs().max().item())
+            self.compared += last
+        self.rows = grown
+        assert self.cache.filled == [len(row) for row in grown]
+
+    def room(self):
+        return self.length - max(map(len, self.rows))  # padding needs room as well
+
+    def chunk(self):
+        if room := self.room():
+            T = self.rng.randint(1, room)
+            self.grow([T] * len(self.rows), self.rng.randint(1, T))
+
+    def ragged(self):
+        if room := self.room():
+            self.grow([self.rng.randint(1, min(room, 5)) for _ in self.rows], 1)
+
+    def step(self):
+        if self.room():
+            self.grow([1] * len(self.rows), 1)
+
+    def fail(self):
+        """A pass that breaks in some layer has done nothing."""
+        if room := self.room():
+            layer = self.rng.choice(list(self.model.decoder_layers()))
+            handle = layer.mlp.register_forward_pre_hook(lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                advance(self.model, [row + self.ids(self.rng.randint(1, room)) for row in self.rows], self.cache, self.memory)
+            handle.remove()
+
+    def rewind(self):
+        to = [self.rng.randint(0, len(row)) for row in self.rows]
+        if self.rng.random() < 0.3:
+            to = [min(to)] * len(to)
+        self.cache.rewind(to if self.rng.random() < 0.7 or len(set(to)) > 1 else to[0])
+        self.rows = [row[:n] for row, n in zip(self.rows, to)]
+
+    def reorder(self):
+        """Rows become others, within their source: as beams do."""
+        n = len(self.rows) // (len(self.sources) if self.memory else 1)
+        rows = [self.rng.randrange(r // n * n, r // n * n + n) for r in range(len(self.rows))]
+        self.cache.reorder(rows)
+        self.rows = [self.rows[r] for r in rows]
+
+    def shrink(self):
+        """Sources leave, with all their rows, and the others move together, or a source is asked twice."""
+        sources = len(self.sources) if self.memory else len(self.rows)
+        n = len(self.rows) // sources
+        kept = [self.rng.randrange(sources) for _ in range(self.rng.randint(1, sources))]
+        rows = [s * n + i for s in kept for i in range(n)]
+        self.cache.reorder(rows)
+        self.rows = [self.rows[r] for r in rows]
+        if self.memory:
+            self.memory, self.sources = self.memory.take(kept), [self.sources[s] for s in kept]
+
+    def expand(self):
+        n = self.rng.randint(1, 3)
+        if n * len(self.rows) <= MAX_ROWS:
+            self.cache.expand(n)
+            self.rows = [list(row) for row in self.rows for _ in range(n)]
+
+    def fork(self):
+        twin = self.cache.fork()
+        here = self.cache, self.rows
+        if self.rng.random() < 0.5:
+            twin, here = here[0], (twin, self.rows)
+        self.twins.append((twin, [list(row) for row in self.rows], self.memory, getattr(self, "sources", None)))
+        self.cache, self.rows = here
+
+    def alone(self):
+        """One row goes on through a view of it; whoever wrote there counts."""
+        r = self.rng.randrange(len(self.rows))
+        if self.memory is None and None not in self.cache.k and len(self.rows[r]) < self.length:
+            grown = self.rows[r] + self.ids(self.rng.randint(1, min(4, self.length - len(self.rows[r]))))
+            view = self.cache.row(r)
+            logits = advance(self.model, [grown], view)
+            self.cache.filled[r], self.rows[r] = view.filled[0], grown
+            self.worst = max(self.worst, (logits[0, 0] - self.truth([grown])[0][-1]).abs().max().item())
+
+    def refused(self):
+        """A gap, an overflow or a negative position in any row is refused, and nothing happens."""
+        starts = list(self.cache.filled)
+        starts[self.rng.randrange(len(starts))] += self.rng.choice([1, -len(self.cache.k) - 30, 2])
+        before = list(self.cache.filled)
+        idx = torch.zeros(len(starts), 1, dtype=torch.long)
+        with pytest.raises(ValueError, match="start_pos=|position"):
+            self.model.features(idx, cache=self.cache, start_pos=starts)
+        assert self.cache.filled == before
+
+    def run(self, n):
+        operations = [self.chunk, self.ragged, self.ragged, self.step, self.step, self.fail, self.rewind, self.reorder,
+                      self.shrink, self.expand, self.fork, self.alone, self.refused]
+        for operation in self.rng.choices(operations, k=n):
+            operation()
+        for self.cache, self.rows, self.memory, self.sources in [*self.twins, (self.cache, self.rows, self.memory,
+                                                                              getattr(self, "sources", None))]:
+            self.step()
+        return self.compared, self.worst
+
+
+@pytest.mark.parametrize("kind", ["gpt", "bart"])
+@pytest.mark.parametrize("block", range(5))
+def test_a_hundred_random_schedules_equal_uncached_passes(block, kind):
+    compared = 0
+    for seed in range(20 * block, 20 * block + 20):
+        n, worst = Schedule(seed, kind).run(16)
+        assert worst <= 1e-10, f"seed {seed}"
+        compared += n
+    assert compared > 200  # so many positions were looked at
