@@ -60,6 +60,8 @@ def layer_and_role(name):
 # -----------------------------------------------------------------------------
 # Counting
 
+KEPT = {KVCache: "self", Memory: "cross"}  # what layers are handed of a decoding, and which attention reads it
+
 
 @contextmanager
 def count(model):
@@ -82,13 +84,12 @@ def count(model):
         cost.at = "prefill" if cost.steps == 1 else "step", cost.steps
         cost.decoder[cost.steps] += args[0].shape[:-1].numel()
 
-    def kept(module, args, out):
-        if cache := next((x for x in args if isinstance(x, KVCache)), None):
-            kept = {"self": cache, "cross": next((x for x in args if isinstance(x, Memory)), None)}
-            cost.caches = {role: x.nbytes for role, x in kept.items() if x is not None}
+    def stored(module, args, out):
+        found = {KEPT[type(x)]: x.nbytes for x in args if type(x) in KEPT}
+        cost.caches = found if "self" in found else {}  # the memory of an uncached call is not kept
 
     layers = model.decoder_layers()
-    handles = [layers[0].register_forward_pre_hook(decode), layers[-1].register_forward_hook(kept)]
+    handles = [layers[0].register_forward_pre_hook(decode), layers[-1].register_forward_hook(stored)]
     handles += watch(model, cost.attended)
     if model.config.is_encoder_decoder:
         handles.append(model.encoder[0].register_forward_pre_hook(encode))
@@ -103,8 +104,7 @@ class Cost:
     What really ran. Steps are decoder calls, counted from 1, the prefill; tokens are positions x rows that enter a
     stack's first layer, padding included.
 
-    steps: decoder calls. encoder, decoder: step -> tokens. caches: "self" and "cross" -> bytes that the keys and values
-    of a decoding occupy, of the text and of its sources.
+    steps: decoder calls. encoder, decoder: step -> tokens. caches: "self" and "cross" -> bytes that a decoding keeps.
     """
 
     def __init__(self):

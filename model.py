@@ -3,9 +3,8 @@ GPT and BART, from the same parts.
 
 GPT is GPT-2's decoder (Radford et al. 2019): learned positions, layer norm before each sublayer, tanh GELU, output
 head tied to the embedding. BART is the encoder-decoder of Lewis et al. 2019: layer norm after each sublayer, exact
-GELU, one embedding shared by encoder, decoder and head, and cross-attention between the two. Both compute logits; the
-loss belongs to whoever trains them. Parameters carry GPT-2's own names; plumbing/weights.py knows Hugging Face's.
-Shapes: B rows, T new tokens of a target, N tokens of a source, C n_embd, V vocab_size.
+GELU, one embedding for both sides and the head, cross-attention between them. Both compute logits; the loss belongs to
+whoever trains. Shapes: B rows, T new tokens of a text, N tokens of a source, C n_embd, V vocab_size.
 """
 
 import math
@@ -66,7 +65,6 @@ class Config:
 @dataclass(slots=True)
 class GPTConfig(Config):
     is_encoder_decoder: ClassVar[bool] = False
-
     n_layer: int = 12
     n_head: int = 12
     n_kv_head: int | None = None   # key/value heads: None = n_head, 1 = multi-query, between = grouped-query
@@ -86,7 +84,6 @@ class GPTConfig(Config):
 @dataclass(slots=True)
 class BARTConfig(Config):
     is_encoder_decoder: ClassVar[bool] = True
-
     n_encoder_layer: int = 6
     n_decoder_layer: int = 6
     n_head: int = 12
@@ -180,7 +177,7 @@ class DecoderLayer(nn.Module):
 
 
 class Model(nn.Module):
-    """What GPT and BART share: default and preset configurations, initialisation, and the caches of a decoder."""
+    """What GPT and BART share: a default configuration, initialisation, and the caches of a decoder."""
 
     def __init__(self, config):
         super().__init__()
@@ -223,9 +220,6 @@ class Model(nn.Module):
         """Give the memory of the model's own cache back."""
         for module in (self, *(layer.attn for layer in self.decoder_layers())):
             module.cache = None
-
-
-# -----------------------------------------------------------------------------
 
 
 class GPT(Model):
@@ -312,8 +306,8 @@ class BART(Model):
 
     def project(self, encoded, source_lengths=None):
         """The Memory of sources, (B, N, C) from encode(): their keys and values for every layer, computed once."""
-        key_pos = key_positions(torch.arange(encoded.size(1), device=encoded.device), source_lengths)
-        return Memory([layer.cross.project(encoded) for layer in self.decoder], key_pos)
+        pos = torch.arange(encoded.size(1), device=encoded.device)
+        return Memory([layer.cross.project(encoded) for layer in self.decoder], key_positions(pos, source_lengths))
 
     def features(self, target, memory=None, cache=None, start_pos=0):
         """

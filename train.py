@@ -119,8 +119,8 @@ def evaluate(model, batches, device, autocast, loss_sum=loss_sum):
     """
     Mean loss per held-out token in nats, and the fraction of rows in which every token is predicted. For BART that
     is the exact match of greedy decoding: as long as each choice equals the target, the decoder reads the target.
+    The model may stay in train mode: there is no dropout where no gradients are recorded.
     """
-    model.eval()
     total = tokens = exact = rows = 0
     for batch in batches:
         inputs, labels = to(device, batch)
@@ -129,7 +129,6 @@ def evaluate(model, batches, device, autocast, loss_sum=loss_sum):
         total, tokens = total + loss.item(), tokens + (labels != IGNORE).sum().item()
         right = (logits.argmax(-1) == labels) | (labels == IGNORE)  # (B, T)
         exact, rows = exact + right.all(1).sum().item(), rows + len(labels)
-    model.train()
     if not math.isfinite(total):  # said before a checkpoint is made of such weights
         raise NonFiniteError(f"the held-out loss is {total / tokens:.4g}")
     return total / tokens, exact / rows
@@ -196,7 +195,6 @@ def loop(this_run, data, model, optimizers, config):
     autocast = torch.autocast(config.device.split(":")[0], torch.bfloat16, enabled=config.dtype == "bfloat16")
     compute = torch.compile(loss_sum) if config.compile else loss_sum  # with the loss: its logits are what is large
     shape = {"batch_size": config.batch_size, "block_size": model.config.block_size}
-    model.train()
     with this_run.stoppable():
         for step in this_run.steps(config.steps):
             started, lr = time.perf_counter(), lr_at(step - 1, config)

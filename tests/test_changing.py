@@ -1,4 +1,4 @@
-"""The changes of CHANGING.md: each diff applies to the code as it is, and what the page promises of it is true."""
+"""Pages that hold code: the diffs of CHANGING.md apply and do what it promises; the Python of the README runs."""
 
 import os
 import re
@@ -83,3 +83,11 @@ def test_the_page_names_the_files_that_the_change_touches(name):
     touched = set(re.findall(r"^\+\+\+ b/(\S+)", SECTIONS[name], re.M))
     text = re.search(rf"^## {name}.*?```diff", PAGE, re.M | re.S)[0]
     assert set(re.findall(r"`(\w+\.py)`", text)) == touched
+
+
+def test_the_python_of_the_readme_runs_and_prints_what_it_says(capsys):
+    names = {}
+    for block in re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S):
+        exec(compile(block, "README.md", "exec"), names)
+        for said in re.findall(r"^print\(.*?# (\[.*?\])", block, re.M):
+            assert capsys.readouterr().out.strip() == said
