@@ -100,6 +100,7 @@ class CausalSelfAttention(SelfAttention):
         self.layer = layer  # which layer of a decoding's cache is ours
         self.size = getattr(config, "max_batch_size", 64), getattr(config, "block_size", 1024)
         self.cache = None   # our own, when we stand alone
+        self.shown = None   # that of the model around us, to be looked at
 
     def forward(self, x, use_kv_cache=False, start_pos=0, pos=None, cache=None):
         """
@@ -123,17 +124,19 @@ class CausalSelfAttention(SelfAttention):
             self.cache = KVCache(*self.size, n_layer=self.layer + 1)
         cache = self.cache if use_kv_cache else None
         with passing(cache, start_pos, x, block_size=math.inf) as pos:
-            return self(x, pos=pos, cache=cache)
+            return self.forward(x, pos=pos, cache=cache)  # not self(...): a hook has been called already
 
     @property
     def cache_k(self):
         """The stored keys (max_batch_size, KV, block_size, D), zeros where unwritten; None before a cached call."""
-        return self.cache and self.cache.k[self.layer]
+        cache = self.shown or self.cache
+        return cache and cache.k[self.layer]
 
     @property
     def cache_v(self):
         """The stored values, as cache_k."""
-        return self.cache and self.cache.v[self.layer]
+        cache = self.shown or self.cache
+        return cache and cache.v[self.layer]
 
 
 # -----------------------------------------------------------------------------
@@ -172,15 +175,17 @@ class CrossAttention(Attention):
 NOWHERE = 2**31 - 1  # the position of a key that does not count, such as padding: everybody's future
 
 
-def key_positions(pos, lengths=None):
+def key_positions(x, lengths=None):
     """
-    The positions of the keys of sources: pos (N,), or (B, N) where rows are padded. lengths: (B,), how many of the N
-    count in each row, None for all. Raises ValueError on a length outside 1..N.
+    The positions of the keys of sources x, (B, N) or (B, N, C): (N,), or (B, N) where rows are padded. lengths: (B,), how
+    many of the N count in each row, None for all. Raises ValueError on a length outside 1..N, or other than B of them.
     """
+    B, N = x.shape[:2]
+    pos = torch.arange(N, device=x.device)
     if lengths is None:
         return pos
-    if not (1 <= lengths.min() and lengths.max() <= len(pos)):
-        raise ValueError(f"source_lengths={lengths.tolist()} must lie between 1 and the width {len(pos)}")
+    if len(lengths) != B or not (1 <= lengths.min() and lengths.max() <= N):
+        raise ValueError(f"source_lengths={lengths.tolist()} must be {B} numbers between 1 and the width {N}")
     return pos.where(pos < lengths[:, None], NOWHERE)
 
 

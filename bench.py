@@ -24,7 +24,7 @@ from statistics import mean, median
 
 import torch
 
-from cost import attention_weights, count, hooks, matrix, predict, rows_through
+from cost import FORMULAS, attention_weights, count, hooks, matrix, predict, rows_through
 from generate import generate, strategies, stream
 from plumbing import cli, report
 from plumbing.errors import Parser, UserError, run
@@ -50,21 +50,21 @@ def measure(model, run):
     return cost, ids, logits, seconds
 
 
-def parting(ids, logits, other_ids, other_logits):
+def first_difference(ids, logits, other_ids, other_logits):
     """
     How far another run is from the first: (largest logit difference, None or the first step where the tokens differ).
     Each row counts up to its own first difference, since after that the two continue different texts. `gap` is how
     much the first run's logits prefer its token over the other's: of the size of the logit difference, it is rounding.
     """
-    largest, partings = 0.0, []
+    largest, found = 0.0, []
     for row, pairs in enumerate(map(zip, ids, other_ids)):
         for k, (ours, theirs) in enumerate(pairs):
             largest = max(largest, (logits[k][row] - other_logits[k][row]).abs().max().item())
             if ours != theirs:
                 gap = (logits[k][row][ours] - logits[k][row][theirs]).item()
-                partings.append(dict(step=k + 1, row=row, tokens=[ours, theirs], gap=gap))
+                found.append(dict(step=k + 1, row=row, tokens=[ours, theirs], gap=gap))
                 break
-    return largest, min(partings, key=lambda parting: parting["step"], default=None)
+    return largest, min(found, key=lambda one: one["step"], default=None)
 
 
 def compare(model, runs, N):
@@ -72,20 +72,20 @@ def compare(model, runs, N):
     Run every strategy on the same input, greedily, and put the counts, times and outputs beside each other.
 
     runs: strategy -> a function without arguments that starts it and returns its steps, each B lists of new ids; the
-    first is the reference. N: length of the longest source (BART) or prompt (GPT), to which the batch is padded.
+    first is the reference. N: length of the longest source (BART) or prompt (GPT), to which the batch is padded; closed
+    forms hold where all are as long, or none ends before the others. One of your own has none, and shows 0.
     The counting hooks are in the timed runs: they cost microseconds, where a second run would cost the naive minutes.
     Returns a dict for JSON: N, M, batch_size, identical, exact (counts = closed forms), verdict, and `strategies`, a
     list of dicts. Logits of all steps are kept while it runs: 8 bytes x M x batch_size x vocab_size.
     """
-    reference, strategies = None, []
-    for run in list(runs.values())[:1]:
-        next(iter(run()))  # what the first call of a process sets up is nobody's cost
-    for name, run in runs.items():
-        cost, ids, logits, seconds = measure(model, run)
+    reference, outcomes = None, []
+    next(iter(next(iter(runs.values()))()))  # a first step: what the first call of a process sets up is nobody's cost
+    for name, start in runs.items():
+        cost, ids, logits, seconds = measure(model, start)
         reference = reference or (ids, logits, sum(seconds))
-        difference, first = parting(*reference[:2], ids, logits)
-        closed = [predict(model.config, name, N, len(row)) for row in ids]  # rows leave the batch when they end
-        strategies.append(dict(
+        difference, first = first_difference(*reference[:2], ids, logits)
+        closed = [predict(model.config, name, N, len(row)) for row in ids if name in FORMULAS]  # rows leave when they end
+        outcomes.append(dict(
             strategy=name, identical=first is None, first_difference=first, logit_difference=difference,
             encoder_tokens=cost.encoder_tokens, decoder_tokens=cost.decoder_tokens,
             closed_form=[sum(c[f"{stack}_tokens"] for c in closed) for stack in ("encoder", "decoder")],
@@ -95,12 +95,13 @@ def compare(model, runs, N):
             seconds=sum(seconds), first_seconds=seconds[0], token_seconds=mean(seconds[1:]) if seconds[1:] else None,
             speed=reference[2] / sum(seconds),
             steps=[[cost.encoder[k + 1], cost.decoder[k + 1], s] for k, s in enumerate(seconds)], ids=ids))
-    identical = all(s["identical"] for s in strategies)
-    exact = all([s["encoder_tokens"], s["decoder_tokens"]] == s["closed_form"] for s in strategies)
+    identical = all(s["identical"] for s in outcomes)
+    exact = all([s["encoder_tokens"], s["decoder_tokens"]] == s["closed_form"] for s in outcomes
+                if s["strategy"] in FORMULAS)
     verdict = (f"{'identical' if identical else 'DIFFERENT'} tokens; "
                f"counts {'equal' if exact else 'DIFFER from'} the closed forms")
     return dict(N=N, M=max(map(len, reference[0])), batch_size=len(reference[0]), identical=identical, exact=exact,
-                verdict=verdict, strategies=strategies)
+                verdict=verdict, strategies=outcomes)
 
 
 def compare_request(request):
@@ -114,9 +115,8 @@ def print_comparison(request, args):
     result = compare_request(request)
     if request.json:
         return print(json.dumps(result))
-    shown = "" if request.model.config.is_encoder_decoder else request.prompt
     for done in result["strategies"] if request.tokenizer else []:
-        print(f"--- {done['strategy']}\n{shown}{request.tokenizer.decode(done['ids'][0])}\n")
+        print(f"--- {done['strategy']}\n{request.shown}{request.tokenizer.decode(done['ids'][0])}\n")
     print(report.comparison_table(result))
 
 
@@ -129,10 +129,10 @@ def print_trace(request, args):
     model = request.model
     with count(model) as counted:
         new = generate(model, *request.batch(), **request.options)[0]
-    texts = [request.ids, [model.config.start_id]] if model.config.is_encoder_decoder else [request.ids]
-    texts[-1] = texts[-1] + new[:-1]
+    rows = [request.ids, [model.config.start_id]] if model.config.is_encoder_decoder else [request.ids]
+    rows[-1] = rows[-1] + new[:-1]
     with count(model) as training, torch.no_grad():
-        model(*(torch.tensor([text], device=model.wte.weight.device) for text in texts))
+        model(*(torch.tensor([text], device=model.wte.weight.device) for text in rows))
     lines = map(json.dumps, counted.records)
     print("\n".join(lines) if request.json else report.shape_table(counted.records, training.records))
 
@@ -141,7 +141,7 @@ def write_report(request, args):
     """Compare the strategies, collect the attention weights of a cached run, and write both as a page."""
     config = request.model.config
     N = len(request.ids) if config.is_encoder_decoder else 0
-    T = (1 if N else len(request.ids)) + request.max_new_tokens - 1
+    T = config.starts(len(request.ids)) + request.max_new_tokens - 1
     report.check_size(config.n_head * len(request.model.decoder_layers()) * T * (T + N))
     report.check_path(args.output)
     result = compare_request(request)

@@ -4,8 +4,8 @@ The keys and values of one decoding, so that a step computes only its own.
 A cache is a buffer indexed by positions: slot s of a row holds position s, for ever. One KVCache serves all layers of
 one decoding and counts once per row how many positions are stored. Whoever decodes owns it and passes it down, so two
 decodings on one model cannot meet. A pass is checked before anything is written and counted after every layer has
-written. What lies behind the count is never read, so a pass that fails half-way has done nothing, and going back is
-moving the count.
+written. What lies behind the count is overwritten before it is read, or hidden by the mask: so a pass that fails
+half-way has stored nothing (a row that it was to start afresh is empty), and going back is moving the count.
 
 Shapes: B rows, T new positions, S stored positions, KV key/value heads, D head_dim. This file imports nothing of ours.
 """
@@ -30,23 +30,24 @@ def passing(cache, start_pos, x, block_size):
     B, T = x.shape[:2]
     new = torch.arange(T, device=x.device)
     if isinstance(start_pos, torch.Tensor):
-        if cache is None or start_pos.numel() not in (1, B):
-            raise ValueError(f"start_pos is a tensor of {start_pos.numel()} positions: it must be 1 or {B}, with a cache")
+        if cache is None or start_pos.numel() not in (1, B) or B > (cache.batch_size or B):
+            raise ValueError(f"start_pos is a tensor of {start_pos.numel()} positions for {B} rows: it must hold 1 or {B}, "
+                             f"with a cache of so many rows")
         cache.stop = cache.length
         yield start_pos.view(-1, 1) + new
         return
     starts = [start_pos] * B if isinstance(start_pos, int) else list(start_pos)
-    start, stop = min(starts, default=0), max(starts, default=0) + T
+    alike, stop = len(set(starts)) <= 1, max(starts, default=0) + T
     if stop > block_size:
         raise ValueError(f"position {stop - 1} is beyond block_size={block_size}: shorten the text or raise block_size")
     if cache is not None:
         cache.check(starts, B, T)
-        if not any(starts):  # another text
-            cache.clear()
+        if afresh := [row for row, start in enumerate(starts) if start == 0]:
+            cache.clear(afresh)
         cache.filled, cache.stop = starts, stop
     elif any(starts):
         raise ValueError(f"start_pos={start_pos} needs a cache (use_kv_cache=True): without one nothing precedes x")
-    yield start + new if start + T == stop else torch.tensor(starts, device=x.device)[:, None] + new
+    yield stop - T + new if alike else torch.tensor(starts, device=x.device)[:, None] + new
     if cache is not None:  # every layer has written: now the new positions count, and now old ones could be let go
         cache.filled = [start + T for start in starts]
 
@@ -55,7 +56,8 @@ class KVCache:
     """
     k[layer], v[layer]: (batch_size, KV, length, D), zero where a text has not been, allocated by the first pass with
     the dtype and device of its keys, and at that address ever after. KV heads are stored unrepeated: sharing them is
-    what makes the cache small (Shazeer 2019). filled: how many positions are stored, one int per row.
+    what makes the cache small (Shazeer 2019). filled: how many positions are stored, one int per row. batch_size: None
+    for as many rows as the largest text has had, which then may move to a larger buffer when it starts.
 
     Not a module, so the buffers are in no state_dict; written detached, so they carry no gradient.
     """
@@ -63,7 +65,7 @@ class KVCache:
     def __init__(self, batch_size, length, n_layer=1):
         self.batch_size, self.length = batch_size, length
         self.k, self.v = [None] * n_layer, [None] * n_layer
-        self.filled = [0] * batch_size
+        self.filled = [0] * (batch_size or 0)
         self.slots = None  # (length,): the position that each slot holds
         self.stop = 0      # slots that the pass in progress reads
 
@@ -74,7 +76,8 @@ class KVCache:
         last; with (B, T) they reach as far as the longest row, and the mask hides what lies in a row's future.
         """
         B, _, T, _ = k.shape
-        if self.k[layer] is None or layout(self.k[layer]) != layout(k):
+        kept = self.k[layer]
+        if kept is None or (kept.dtype, kept.device, kept.shape[1::2]) != (k.dtype, k.device, k.shape[1::2]):
             self._allocate(layer, k)
         keys, values = self.k[layer][:B, :, : self.stop], self.v[layer][:B, :, : self.stop]
         if pos.dim() == 1:
@@ -87,14 +90,14 @@ class KVCache:
 
     def check(self, starts, B, T):
         """Raise ValueError if B rows cannot store T positions at their starts. Changes nothing."""
-        if B > self.batch_size or len(starts) != B:
+        if B > (self.batch_size or B) or len(starts) != B:
             raise ValueError(f"a batch of {B} rows at {len(starts)} starts does not fit a cache of {self.batch_size} "
                              f"(max_batch_size): use fewer rows or a larger max_batch_size")
         if any(starts) and len(self.filled) != B:
             raise ValueError(f"the batch changed from {len(self.filled)} rows to {B} at start_pos={max(starts)}: "
                              f"start again at start_pos=0")
         for row, start in enumerate(starts):
-            if start not in (0, self.filled[row]):
+            if start != 0 and start != self.filled[row]:
                 raise ValueError(f"start_pos={start}, but {self.filled[row]} positions are stored in row {row}: "
                                  f"continue at that position, rewind() to an earlier one, or start again at 0")
             if start + T > self.length:  # padding needs room as well
@@ -103,23 +106,26 @@ class KVCache:
 
     def rewind(self, position):
         """Forget what lies at `position` and behind it; a list has one per row. Raises ValueError if less is stored."""
-        to = [position] * len(self.filled) if isinstance(position, int) else list(position)
+        to = [position] * len(self.filled) if isinstance(position, int) else list(map(int, position))
         if len(to) != len(self.filled) or not all(0 <= p <= n for p, n in zip(to, self.filled)):
             raise ValueError(f"cannot rewind to position {position}: {self.filled} positions are stored")
         self.filled = to
 
-    def clear(self):
-        """Forget everything. Zeros again, so that not even a NaN of an earlier text can reach a row through a mask."""
-        if any(self.filled):
-            self._each(torch.Tensor.zero_)
-        self.filled = [0] * self.batch_size
+    def clear(self, rows):
+        """
+        Make zeros of these rows again: what a mask hides is multiplied by 0, and a NaN of an earlier text would stay
+        one. (So a text is not to be continued behind numbers that were not finite.)
+        """
+        if self.k[0] is not None and len(self.k[0]) <= max(rows):  # batch_size is None, and no text had so many
+            self.k, self.v = [None] * len(self.k), [None] * len(self.k)
+        self._each(lambda x: x.index_fill_(0, torch.tensor(rows, device=x.device), 0))
 
     def reorder(self, rows):
         """
         Row i becomes what row rows[i] was, in place; fewer rows shrink the batch. Raises ValueError if there is no such
         row, or no room for so many.
         """
-        if len(rows) > self.batch_size or not all(0 <= row < len(self.filled) for row in rows):
+        if len(rows) > (self.batch_size or len(self.filled)) or not all(0 <= r < len(self.filled) for r in rows):
             raise ValueError(f"cannot make rows {rows} of {len(self.filled)} in a cache of {self.batch_size}")
         moved, top = [i for i, row in enumerate(rows) if i != row], max(self.filled, default=0)
         if moved:
@@ -141,8 +147,8 @@ class KVCache:
 
     def row(self, i):
         """A view of one row: what is written through it is written here, and counted here by whoever wrote it."""
-        if None in self.k:
-            raise ValueError("a row can be viewed once something is stored: prefill first")
+        if None in self.k or not 0 <= i < len(self.filled):
+            raise ValueError(f"there is no row {i} to be viewed: {len(self.filled)} are stored, once there was a prefill")
         return self._like(1, self.filled[i : i + 1], lambda x: x[i : i + 1])
 
     @property
@@ -163,17 +169,14 @@ class KVCache:
     @torch.inference_mode(False)  # a buffer born in inference mode could never be written outside it
     def _allocate(self, layer, k):
         if any(self.filled):
-            raise ValueError(f"the cache holds {layout(self.k[layer])} but the keys are now {layout(k)}: "
-                             f"start again at start_pos=0")
-        shape = self.batch_size, k.size(1), self.length, k.size(3)
+            was, now = (x if x is None else f"{x.size(1)} heads of {x.size(3)}, {x.dtype}, {x.device}"
+                        for x in (self.k[layer], k))
+            raise ValueError(f"layer {layer} of the cache holds {was}, but the keys are now {now}: start again at "
+                             f"start_pos=0")
+        shape = self.batch_size or k.size(0), k.size(1), self.length, k.size(3)
         self.k[layer] = torch.zeros(shape, dtype=k.dtype, device=k.device)
         self.v[layer] = torch.zeros_like(self.k[layer])
         self.slots = torch.arange(self.length, device=k.device)
-
-
-def layout(x):
-    """What the keys of one cache have in common."""
-    return x.size(1), x.size(3), x.dtype, x.device
 
 
 # -----------------------------------------------------------------------------

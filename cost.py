@@ -8,7 +8,7 @@ What decoding costs: counted from outside while a model really runs, and predict
 
 Hooks see every row that passes through a linear (a matrix product, GEMM), and the queries and keys of every attention
 as they enter its pattern (two batched products, BGEMM: QK^T, and the weights times V). The models know nothing of it,
-and when nobody counts nothing is left of it. Nothing here prints: it returns numbers, records and text.
+and when nobody counts nothing is left of it. Nothing here prints: it returns numbers and records.
 
 The convention for M: the number of decoder calls, which is the number of generated tokens. The decoder's start token
 is fed at call 1 and the last generated token is never fed. A source of N = 1,024 and M = 100 tokens then costs 107,450
@@ -211,6 +211,15 @@ def weights(config, row):
     return row.n_in * row.n_out + biased * row.n_out
 
 
+# Rows through the encoder, the projection of the source, and the decoder, from a source of N and P first tokens in M
+# calls; and which linears besides the decoder's run in every call.
+FORMULAS = {
+    "naive":   lambda N, P, M: (N * M, N * M, P * M + M * (M - 1) // 2, {"encoder", "source"}),
+    "hoisted": lambda N, P, M: (N, N * M, P * M + M * (M - 1) // 2, {"source"}),
+    "cached":  lambda N, P, M: (N, N, P + M - 1, set()),
+}
+
+
 def predict(config, strategy, N, M, batch_size=1, itemsize=4):
     """
     The cost of generating M tokens in closed form, from a GPTConfig (N: the length of the prompt) or a BARTConfig (N:
@@ -222,17 +231,12 @@ def predict(config, strategy, N, M, batch_size=1, itemsize=4):
     that run in it, and step_bytes with the cached keys and values.
     """
     bart, B = config.is_encoder_decoder, batch_size
-    P, N, L = (1, N, config.n_decoder_layer) if bart else (N, 0, config.n_layer)  # a decoder's first tokens; a source
+    P, N, L = config.starts(N), N if bart else 0, config.n_decoder_layer if bart else config.n_layer
     calls = [(1 if k and strategy == "cached" else P + k, P + k) for k in range(M)]  # (tokens that enter, that are seen)
-    again = P * M + M * (M - 1) // 2  # of a decoder that reads its text in every call; M (M + 1) / 2 from one token
-    formulas = {  # rows through encoder, projection of the source, decoder; which of the first two run in every call
-        "naive":   (N * M, N * M, again, {"encoder", "source"}),
-        "hoisted": (N,     N * M, again, {"source"}),
-        "cached":  (N,     N,     P + M - 1, set()),
-    }
-    if strategy not in formulas:
-        raise UserError(f"strategy={strategy!r:.60} has no closed form: choose one of {', '.join(formulas)}")
-    encoder, source, decoder, every = formulas[strategy]
+    known = [name for name in FORMULAS if bart or name != "hoisted"]
+    if strategy not in known:
+        raise UserError(f"strategy={strategy!r:.60} has no closed form: choose one of {', '.join(known)}")
+    encoder, source, decoder, every = FORMULAS[strategy](N, P, M)
     rows = {"encoder": B * encoder, "source": B * source, "decoder": B * decoder, "head": B * M}
     scores = B * L * sum(T * (S + N) for T, S in calls) + (B * config.n_encoder_layer * N * encoder if bart else 0)
     table = linears(config)

@@ -22,9 +22,7 @@ import time
 import torch
 
 import cost
-from plumbing import cli
 from plumbing.errors import UserError, run
-from plumbing.tokenizers import StreamDecoder
 from sampling import Choice, Chooser
 
 # -----------------------------------------------------------------------------
@@ -48,14 +46,15 @@ def advance(model, rows, cache=None, memory=None, last=1):
     ids that are not stored, or where the cache does.
     """
     stored = cache.filled if cache else [0] * len(rows)
-    new = [row[n:] for row, n in zip(rows, stored, strict=True)]
-    if min(map(len, new)) < last:
-        raise ValueError(f"{last} new ids of every row are needed, and {list(map(len, new))} are not stored yet: rewind")
+    new = [row[n:] for row, n in zip(rows, stored)]
+    if len(stored) != len(rows) or min(map(len, new), default=0) < max(last, 1):
+        raise ValueError(f"{last} new ids of every row are needed; of {len(stored)} rows {[len(ids) for ids in new]} ids "
+                         f"are not stored yet: pass more, or rewind")
     idx = pad(new, model.wte.weight.device)  # (B, T)
     source = {} if memory is None else {"memory": memory}
     x = model.features(idx, cache=cache, start_pos=stored if cache else 0, **source)  # (B, T, C)
-    if cache:
-        cache.rewind([len(row) for row in rows])  # of what was stored, the padding is forgotten
+    if cache and len(set(map(len, new))) > 1:  # padding was stored as well: it is forgotten
+        cache.rewind([len(row) for row in rows])
     ends = torch.tensor([range(len(ids) - last, len(ids)) for ids in new], device=idx.device)  # (B, last)
     return model.lm_head(x[torch.arange(len(rows), device=idx.device)[:, None], ends])
 
@@ -116,21 +115,22 @@ def cached(model, sources, B, room, choose):
 
 def strategies(model):
     """The strategies that a model has, the most wasteful first."""
-    hoist = {"hoisted": hoisted} if model.config.is_encoder_decoder else {}
-    return {"naive": naive, **hoist, "cached": cached}
+    if model.config.is_encoder_decoder:
+        return {"naive": naive, "hoisted": hoisted, "cached": cached}
+    return {"naive": naive, "cached": cached}
 
 
 # -----------------------------------------------------------------------------
 # The loop
 
 
-def loop(step, rows, max_new_tokens, ended):
+def loop(step, rows, limits, ended):
     """
-    The loop: whatever the step, append what it found. ended: a row's number and its ids so far -> whether it is
-    complete; asked after every id. Yields B lists of new ids, empty for a row that has ended.
+    The loop: whatever the step, append what it found. limits: the length at which each row is complete; ended: a row's
+    number and its ids so far -> whether it is complete before; asked after every id. Yields B lists of new ids, empty
+    for a row that has ended.
     """
     rows, alive = [list(row) for row in rows], list(range(len(rows)))
-    limits = [len(row) + max_new_tokens for row in rows]
     while alive:
         found, going = [[] for _ in rows], []
         for r, ids in zip(alive, step([rows[r] for r in alive], alive)):
@@ -145,26 +145,26 @@ def loop(step, rows, max_new_tokens, ended):
         yield found
 
 
-def check_ids(what, rows, config, least=1):
+def check_ids(what, rows, vocab_size, least=1):
     """Raise UserError unless every row is a list of at least `least` ids of the vocabulary."""
     for r, row in enumerate(rows):
         if len(row) < least:
             raise UserError(f"{what} {r} is empty: it needs at least {least} token")
         for i in row:
-            if not isinstance(i, int) or not 0 <= i < config.vocab_size:
-                raise UserError(f"{what} {r} has the id {i!r}: ids are integers from 0 to {config.vocab_size - 1}")
+            if not isinstance(i, int) or not 0 <= i < vocab_size:
+                raise UserError(f"{what} {r} has the id {i!r}: ids are integers from 0 to {vocab_size - 1}")
 
 
 def prepare(model, prompts, max_new_tokens, decoder_prompts):
     """Check a request and sort it into sources (None for a GPT) and the B rows that the decoder continues."""
     config, sources, rows = model.config, None, prompts
-    check_ids("prompt", prompts, config)
+    check_ids("prompt", prompts, config.vocab_size)
     if config.is_encoder_decoder:
         sources, longest = prompts, max(map(len, prompts), default=0)
         if longest > config.block_size:
             raise UserError(f"a source of {longest} tokens does not fit block_size={config.block_size}: shorten it")
         starts = [[]] * len(prompts) if decoder_prompts is None else decoder_prompts
-        check_ids("decoder prompt", starts, config, least=0)
+        check_ids("decoder prompt", starts, config.vocab_size, least=0)
         rows = [[config.start_id, *start] for start in starts]
     elif decoder_prompts is not None:
         raise UserError("decoder_prompts are for an encoder-decoder: a GPT continues its prompts themselves")
@@ -186,16 +186,16 @@ def stream(model, prompts, max_new_tokens, *, strategy="cached", decoder_prompts
     """
     if strategy not in strategies(model):
         raise UserError(f"strategy={strategy!r} is not one of those this model has: {', '.join(strategies(model))}")
-    forced = [choice[key] for key in ("forced_first", "forced_last") if choice.get(key) is not None]
-    check_ids("the list of forced ids", [forced], model.config, least=0)
     sources, rows = prepare(model, prompts, max_new_tokens, decoder_prompts)
     ends = [] if ignore_eos else model.config.end_ids
+    forced = [choice[key] for key in ("forced_first", "forced_last") if choice.get(key) is not None]
+    check_ids("the list of forced ids", [forced], choice.get("n_vocab") or model.config.vocab_size, least=0)
     limits = [len(row) + max_new_tokens for row in rows]
     choose = Chooser(Choice(**choice), model.wte.weight.device, ends, limits)
     if not rows:
         return iter(())
     step = strategies(model)[strategy](model, sources, len(rows), max(limits), choose)
-    return loop(step, rows, max_new_tokens, lambda r, row: row[-1] in ends)
+    return loop(step, rows, limits, lambda r, row: row[-1] in ends)
 
 
 def generate(model, prompts, max_new_tokens, *, strategy="cached", decoder_prompts=None, ignore_eos=False, **choice):
@@ -225,13 +225,12 @@ def generate(model, prompts, max_new_tokens, *, strategy="cached", decoder_promp
 
 def write_text(request):
     """Generate and print: one sample as it comes, several, which are one batch, at the end. Returns ids and seconds."""
-    tokenizer, shown = request.tokenizer, "" if request.model.config.is_encoder_decoder else request.prompt
     live = request.num_samples == 1 and request.live
     say = (lambda text: print(text, end="", flush=True)) if live else (lambda text: None)
-    rows, seconds, decoder = [[] for _ in range(request.num_samples)], [], StreamDecoder(tokenizer)
+    rows, seconds, decoder = [[] for _ in range(request.num_samples)], [], request.decoder()
     start = time.perf_counter()
     steps = stream(request.model, *request.batch(), **request.options)
-    say(shown)
+    say(request.shown)
     for found in steps:
         seconds.append(time.perf_counter() - start)
         start += seconds[-1]
@@ -240,8 +239,8 @@ def write_text(request):
         say("".join(map(decoder.push, found[0])))
     say(decoder.flush() + "\n")
     for n, row in enumerate([] if live else rows):
-        text = tokenizer.decode(row)
-        plain = ("---\n" if n else "") + shown + text
+        text = request.tokenizer.decode(row)
+        plain = ("---\n" if n else "") + request.shown + text
         print(json.dumps({"prompt": request.prompt, "text": text, "ids": row}) if request.json else plain)
     return rows, seconds
 
@@ -249,9 +248,10 @@ def write_text(request):
 def show_stats(request, rows, seconds):
     """What the generation took, on stderr."""
     config, N = request.model.config, len(request.ids)
-    S = (1 if config.is_encoder_decoder else N) + request.max_new_tokens
-    bytes_ = cost.predict(config, request.options["strategy"], N, request.max_new_tokens, len(rows),
+    S = config.starts(N) + request.max_new_tokens
+    bytes_ = cost.predict(config, "cached", N, request.max_new_tokens, len(rows),
                           request.model.wte.weight.element_size())["self_cache_bytes"]
+    bytes_ *= request.options["strategy"] == "cached"
     later = seconds[1:] or [0.0]
     print(f"{N} prompt tokens, first token after {1e3 * seconds[0]:.1f} ms; {sum(map(len, rows))} new tokens, "
           f"{1e3 * sum(later) / len(later):.2f} ms per step after it; cache of {S} positions, {bytes_:,} bytes",
@@ -259,6 +259,7 @@ def show_stats(request, rows, seconds):
 
 
 def main(args=None):
+    from plumbing import cli  # here: who imports the loop needs no command line
     request = cli.read(cli.parse(__doc__, args))
     rows, seconds = write_text(request)
     if request.stats:

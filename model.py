@@ -22,10 +22,21 @@ from plumbing.errors import UserError
 # Configurations. Slots make a misspelt field an error. The defaults are GPT-2's and BART-base's.
 
 
+@dataclass(slots=True)
 class Config:
-    """What follows from the fields of either configuration."""
+    """What both configurations have, and what follows from it."""
 
-    __slots__ = ()
+    n_head: int = 12
+    n_kv_head: int | None = None   # key/value heads: None = n_head, 1 = multi-query, between = grouped-query
+    n_embd: int = 768
+    n_inner: int | None = None     # width of the feed-forward layer, None = 4 * n_embd
+    block_size: int = 1024         # positions, of an encoder-decoder on either side
+    max_batch_size: int = 64       # rows of the cache that an attention layer on its own makes for itself
+    embd_pdrop: float = 0.1        # dropout, as probabilities
+    attn_pdrop: float = 0.1
+    resid_pdrop: float = 0.1
+    layer_norm_eps: float = 1e-5
+    tie_weights: bool = True       # one matrix embeds (on both sides) and is the output head
 
     @property
     def kv_width(self):
@@ -42,6 +53,10 @@ class Config:
     def end_ids(self):
         """The ids that end a text, a list: eos_id may be None, one, or several."""
         return [] if self.eos_id is None else [self.eos_id] if isinstance(self.eos_id, int) else list(self.eos_id)
+
+    def starts(self, n_prompt):
+        """How many tokens the decoder starts from: those of a prompt, or the start token alone."""
+        return 1 if self.is_encoder_decoder else n_prompt
 
     def validate(self):
         """Raise UserError on what cannot be, before anything is allocated."""
@@ -66,18 +81,7 @@ class Config:
 class GPTConfig(Config):
     is_encoder_decoder: ClassVar[bool] = False
     n_layer: int = 12
-    n_head: int = 12
-    n_kv_head: int | None = None   # key/value heads: None = n_head, 1 = multi-query, between = grouped-query
-    n_embd: int = 768
-    n_inner: int | None = None     # width of the feed-forward layer, None = 4 * n_embd
     vocab_size: int = 50257
-    block_size: int = 1024         # positions
-    max_batch_size: int = 64       # rows of the cache that an attention layer on its own makes for itself
-    embd_pdrop: float = 0.1        # dropout, as probabilities
-    attn_pdrop: float = 0.1
-    resid_pdrop: float = 0.1
-    layer_norm_eps: float = 1e-5
-    tie_weights: bool = True       # the output head is the embedding matrix
     eos_id: int | list | None = None  # the id that ends a text, or several, if there is one
 
 
@@ -86,19 +90,8 @@ class BARTConfig(Config):
     is_encoder_decoder: ClassVar[bool] = True
     n_encoder_layer: int = 6
     n_decoder_layer: int = 6
-    n_head: int = 12
-    n_kv_head: int | None = None
-    n_embd: int = 768
-    n_inner: int | None = None
     vocab_size: int = 50265
-    block_size: int = 1024         # positions on either side
-    max_batch_size: int = 64
-    embd_pdrop: float = 0.1
-    attn_pdrop: float = 0.1
-    resid_pdrop: float = 0.1
-    layer_norm_eps: float = 1e-5
     scale_embedding: bool = False  # multiply embeddings by sqrt(n_embd)
-    tie_weights: bool = True       # one embedding matrix for the source, the target and the output head
     bos_id: int = 0
     pad_id: int = 1
     eos_id: int | list = 2
@@ -183,7 +176,7 @@ class Model(nn.Module):
         super().__init__()
         config.validate()
         self.config = replace(config)  # our own copy: the caller's may change later
-        self.cache = None  # for use_kv_cache=True; whoever decodes otherwise brings their own
+        self.cache = self.source = None  # of use_kv_cache=True; whoever decodes otherwise brings their own
 
     @classmethod
     def get_default_config(cls):
@@ -205,21 +198,22 @@ class Model(nn.Module):
         return sum(p.numel() for p in self.parameters())  # tied weights count once
 
     def new_cache(self, batch_size, length=None):
-        """A KVCache for one decoding: all layers, batch_size rows of `length` (default: block_size) positions."""
+        """A KVCache for one decoding: all layers, batch_size rows of `length` positions, None for block_size."""
         return KVCache(batch_size, length or self.config.block_size, len(self.decoder_layers()))
 
-    def own_cache(self, batch_size, start_pos):
-        """The cache that the model keeps for use_kv_cache=True. A new text of more rows than it has gets a new one."""
-        if self.cache is None or batch_size > self.cache.batch_size and isinstance(start_pos, int) and start_pos == 0:
-            self.cache = self.new_cache(batch_size)
+    def own_cache(self):
+        """The cache that the model keeps for use_kv_cache=True, with as many rows as the largest batch so far."""
+        if self.cache is None:
+            self.cache = self.new_cache(batch_size=None)
             for layer in self.decoder_layers():
-                layer.attn.cache = self.cache  # to be looked at: cache_k, cache_v
+                layer.attn.shown = self.cache  # as cache_k, cache_v
         return self.cache
 
     def clear_kv_cache(self):
-        """Give the memory of the model's own cache back."""
-        for module in (self, *(layer.attn for layer in self.decoder_layers())):
-            module.cache = None
+        """Give the memory back that calls with use_kv_cache=True took."""
+        self.cache = self.source = None
+        for layer in self.decoder_layers():
+            layer.attn.cache = layer.attn.shown = None
 
 
 class GPT(Model):
@@ -258,7 +252,7 @@ class GPT(Model):
         idx: (B, T) int64, tokens at positions start_pos.. -> logits (B, T, V). With use_kv_cache, only the tokens
         that are not stored yet need to be passed; see CausalSelfAttention. Raises ValueError beyond block_size.
         """
-        cache = self.own_cache(len(idx), start_pos) if use_kv_cache else None
+        cache = self.own_cache() if use_kv_cache else None
         return self.lm_head(self.features(idx, cache, start_pos))
 
 
@@ -283,7 +277,6 @@ class BART(Model):
         if config.tie_weights:
             self.lm_head.weight = self.wte.weight
         self.init_weights(n_residual=1)  # norms after the sum keep the stream in scale by themselves
-        self.source = None  # of decode(use_kv_cache=True): what it was given, and its memory
 
     def decoder_layers(self):
         return self.decoder
@@ -298,7 +291,7 @@ class BART(Model):
         source_lengths: (B,) how many tokens count in each, None for all. Raises ValueError beyond block_size.
         """
         with passing(None, 0, source, self.config.block_size) as pos:
-            key_pos = key_positions(pos, source_lengths)
+            key_pos = key_positions(source, source_lengths)
             x = self.embed(source, self.encoder_wte, self.encoder_wpe, self.encoder_ln, pos)
             for layer in self.encoder:
                 x = layer(x, pos, key_pos)
@@ -306,8 +299,8 @@ class BART(Model):
 
     def project(self, encoded, source_lengths=None):
         """The Memory of sources, (B, N, C) from encode(): their keys and values for every layer, computed once."""
-        pos = torch.arange(encoded.size(1), device=encoded.device)
-        return Memory([layer.cross.project(encoded) for layer in self.decoder], key_positions(pos, source_lengths))
+        key_pos = key_positions(encoded, source_lengths)
+        return Memory([layer.cross.project(encoded) for layer in self.decoder], key_pos)
 
     def features(self, target, memory=None, cache=None, start_pos=0):
         """
@@ -324,22 +317,22 @@ class BART(Model):
         """
         target: (B, T) int64 at positions start_pos.., encoded: (B, N, C) from encode(), or None -> logits (B, T, V).
 
-        With use_kv_cache the model keeps a cache of its own: the first call (start_pos=0) projects the source, later
-        calls read that, and may pass encoded=None. Raises ValueError if they bring another source.
+        With use_kv_cache the model keeps a cache of its own: a call at start_pos=0 projects the source, if there is one,
+        later calls read that, and may pass encoded=None. Raises ValueError if they bring another source.
         """
         if not use_kv_cache:
             memory = None if encoded is None else self.project(encoded, source_lengths)
             return self.lm_head(self.features(target, memory, None, start_pos))
         source = self.source
-        if encoded is not None and isinstance(start_pos, int) and start_pos == 0:
-            with torch.no_grad():  # what is kept carries no gradient
-                lengths = None if source_lengths is None else source_lengths.clone()
-                source = encoded.clone(), lengths, self.project(encoded, lengths)
-        for given, kept in zip((encoded, source_lengths), source or (None, None)):
-            if given is not None and (kept is None or not torch.equal(given, kept)):
-                raise ValueError(f"start_pos={start_pos} continues a target, but this memory is not the stored one: "
-                                 f"pass the same (or None), or start again at start_pos=0")
-        x = self.features(target, source and source[2], self.own_cache(len(target), start_pos), start_pos)
+        if not isinstance(start_pos, torch.Tensor) and not torch.tensor(start_pos).any():  # a new text
+            with torch.inference_mode(False), torch.no_grad():  # kept for later calls: of no mode, and without gradients
+                copies = [x if x is None else x.clone() for x in (encoded, source_lengths)]
+                source = *copies, encoded if encoded is None else self.project(*copies)
+        elif any(x is not None and (kept is None or not torch.equal(x, kept))
+                 for x, kept in zip((encoded, source_lengths), source or (None, None))):
+            raise ValueError(f"start_pos={start_pos} continues a target, but this memory is not the stored one: "
+                             f"pass the same (or None), or start again at start_pos=0")
+        x = self.features(target, source and source[2], self.own_cache(), start_pos)
         self.source = source  # only now: a call that fails half-way leaves the source that was
         return self.lm_head(x)
 

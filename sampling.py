@@ -39,7 +39,8 @@ class Choice:
         for name, least in (("top_k", 1), ("no_repeat_ngram", 1), ("n_vocab", 1), ("seed", 0), ("min_length", 0)):
             value = getattr(self, name)
             if value is not None and not least <= value < 2**63:
-                raise UserError(f"{name}={value} must be at least {least} and less than 2**63; leave it out for no such rule")
+                raise UserError(f"{name}={value} must be at least {least} and less than 2**63; leave it out for no "
+                                f"such rule")
         for name in ("top_p", "min_p"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
@@ -92,10 +93,14 @@ class Chooser:
     def __init__(self, choice, device="cpu", ends=(), limits=None):
         choice.validate()
         self.choice, self.ends, self.limits = choice, list(ends), limits
-        self.rules, self.filters = ([(function, getattr(choice, name)) for name, function in table.items()
-                                     if getattr(choice, name) != getattr(Choice(), name)] for table in (RULES, FILTERS))
+        self.rules, self.filters = self.that_are_set(RULES), self.that_are_set(FILTERS)
         self.generator = torch.Generator(device)
         self.generator.seed() if choice.seed is None else self.generator.manual_seed(choice.seed)
+
+    def that_are_set(self, table):
+        """(function, value) of every entry whose field does not have its default."""
+        values = {name: getattr(self.choice, name) for name in table}
+        return [(table[name], value) for name, value in values.items() if value != getattr(Choice(), name)]
 
     def __call__(self, logits, rows, which):
         """
@@ -108,13 +113,14 @@ class Chooser:
 
     def scores(self, logits, rows, which):
         """The logits in fp32 or more, with minus infinity where a rule forbids."""
-        scores = logits[:, : self.choice.n_vocab].to(torch.promote_types(logits.dtype, torch.float32))
+        scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self.rules:
             scores = scores.clone()  # the logits are somebody else's
             for own, row, r in zip(scores, rows, which):
                 limit = self.limits[r] if self.limits else math.inf
                 for rule, value in self.rules:
                     rule(own, value, row, self.ends, limit)
+        scores = scores[:, : self.choice.n_vocab]
         if not scores.amax(-1).isfinite().all():
             raise NonFiniteError("no token can be chosen from these logits: the weights are damaged, their dtype "
                                  "overflows, or the rules forbid every token")

@@ -9,7 +9,7 @@ import torch
 from plumbing.errors import Parser, UserError
 from plumbing.files import read_text
 from plumbing.models import random_model
-from plumbing.tokenizers import Tokenizer
+from plumbing.tokenizers import StreamDecoder, Tokenizer
 from plumbing.utils import DTYPES, pick_device
 from plumbing.weights import load_generation_config, load_pretrained
 
@@ -36,6 +36,14 @@ class Request:
     json: bool
     stats: bool
     live: bool                   # print the text as it comes
+
+    @property
+    def shown(self):
+        """What stands before the text that is generated."""
+        return "" if self.model.config.is_encoder_decoder else self.prompt
+
+    def decoder(self):
+        return StreamDecoder(self.tokenizer)
 
     def batch(self):
         """The first arguments of generate(): prompts and max_new_tokens."""
@@ -179,7 +187,7 @@ def publishers_rules(args, model, tokenizer, published, n_prompt):
         raise UserError(f"generation_config.json asks for num_beams={beams}{others}: beam search is not part of this "
                         f"program yet, pass --beams 1 to decode greedily")
     config = model.config
-    start, V = 1 if config.is_encoder_decoder else n_prompt, config.vocab_size
+    start, V = config.starts(n_prompt), config.vocab_size
     max_new_tokens = args.max_new_tokens
     if max_new_tokens is None:
         longest = integer(published, "max_length", start + DEFAULT_NEW_TOKENS)

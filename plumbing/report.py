@@ -1,7 +1,7 @@
 """
-What cost.py measured, made readable: text tables, and one HTML page with a slider over the decoding steps.
+What was counted and compared, made readable: text tables, and one HTML page with a slider over the decoding steps.
 
-Everything arrives as plain data (records, the dict of compare(), token strings, attention weights), so nothing here
+Everything arrives as plain data (records, the dict of bench.compare(), token strings, attention weights), so nothing here
 knows a model.
 """
 
@@ -82,7 +82,7 @@ def shape_table(records, training=()):
 
 
 def comparison_table(result):
-    """The result of cost.compare() as text."""
+    """The result of bench.compare() as text."""
     rows = [["strategy", "tokens", "logits differ", "encoder", "decoder", "total", "closed form", "linear rows",
              "seconds", "first call", "ms/token after", "speed"]]
     for s in result["strategies"]:
@@ -131,7 +131,7 @@ def write_report(path, result, source, target, weights, title="Incremental decod
     """
     Write one self-contained HTML page about one decoded text.
 
-    result: of cost.compare(), for a batch of one. source: the source's tokens as strings, [] for GPT. target: the
+    result: of bench.compare(), for a batch of one. source: the source's tokens as strings, [] for GPT. target: the
     decoder's, from its prompt or start token to the last generated one. weights: "self" and "cross" -> per layer
     a tensor (H, T, S) of the cached run. Raises UserError if the page would be too large or cannot be written.
     """

@@ -6,8 +6,8 @@ Break the code on purpose, one bug at a time, and see that the tests notice.
 
 A mutant is a mistake that somebody really made in some codebase. Each is a function below, which replaces functions of
 the project from outside, in a process of its own in which the tests of attention, model and generation must then fail.
-So moving a line, or renaming a variable, breaks no mutant; one that no longer fits fails loudly. Exits with 1 if a
-mutant survives.
+So moving a line, or renaming a variable, breaks no mutant, and one that no longer fits, so that it breaks in its own
+lines or not at all, is told as that. Exits with 1 if a mutant survives.
 """
 
 import functools
@@ -112,7 +112,7 @@ def positions_are_not_offset():
 
 @mutant
 def positions_are_offset_by_one_too_few():
-    passing_with(lambda pos, start_pos, cache: (pos - (pos.size(-1) == 1)).clamp(min=0))
+    passing_with(lambda pos, start_pos, cache: (pos - int(pos.size(-1) == 1)).clamp(min=0))
 
 
 @mutant
@@ -157,8 +157,8 @@ def one_padded_position_of_a_source_counts():
     attention, *_ = project()
 
     @around(attention, "key_positions")
-    def key_positions(original, pos, lengths=None):
-        return original(pos, lengths if lengths is None else (lengths + 1).clamp(max=len(pos)))
+    def key_positions(original, x, lengths=None):
+        return original(x, lengths if lengths is None else (lengths + 1).clamp(max=x.size(1)))
 
 
 # -----------------------------------------------------------------------------
@@ -221,7 +221,11 @@ def cache_is_born_in_inference_mode():
 @mutant
 def cache_keeps_its_first_dtype():
     _, cache, *_ = project()
-    replace(cache, "layout", lambda original: lambda x: None)
+
+    @around(cache.KVCache, "update")
+    def update(original, self, layer, pos, k, v):
+        kept = k if self.k[layer] is None else self.k[layer]
+        return original(self, layer, pos, k.to(kept.dtype), v.to(kept.dtype))
 
 
 @mutant
@@ -229,8 +233,9 @@ def an_old_text_is_not_cleared():
     _, cache, *_ = project()
 
     @around(cache.KVCache, "clear")
-    def clear(original, self):
-        self.filled = [0] * self.batch_size
+    def clear(original, self, rows):
+        if self.k[0] is not None and len(self.k[0]) <= max(rows):
+            original(self, rows)
 
 
 # -----------------------------------------------------------------------------
@@ -400,14 +405,14 @@ def a_healed_count_forgets_what_was_rejected():
 
 
 @mutant
-def a_new_source_that_fails_leaves_a_mixture_of_two():
+def a_new_source_that_is_refused_leaves_a_mixture_of_two():
     *_, model, _ = project()
 
     @around(model.BART, "decode")
     def decode(original, self, target, encoded, source_lengths=None, use_kv_cache=False, start_pos=0):
         try:
             return original(self, target, encoded, source_lengths, use_kv_cache, start_pos)
-        except ZeroDivisionError:
+        except ValueError:
             self.source = encoded.clone(), source_lengths, self.project(encoded, source_lengths)
             raise
 
@@ -425,7 +430,14 @@ def decoding(change):
 
 @mutant
 def an_old_source_answers_for_a_new_one():
-    decoding(lambda self, encoded, lengths, start_pos: (encoded, lengths) if self.source is None else (None, None))
+    *_, model, _ = project()
+
+    @around(model.BART, "decode")
+    def decode(original, self, target, encoded, source_lengths=None, use_kv_cache=False, start_pos=0):
+        before = self.source
+        if use_kv_cache and before and before[0] is not None:
+            encoded = before[0] if start_pos == 0 else None
+        return original(self, target, encoded, source_lengths, use_kv_cache, start_pos)
 
 
 @mutant
@@ -515,7 +527,7 @@ def two_decodings_share_a_cache():
     def new_cache(original, self, batch_size, length=None):
         known = self.__dict__.setdefault("known", {})
         kept = known.setdefault((batch_size, length), original(self, batch_size, length))
-        kept.filled = [0] * batch_size
+        kept.filled = [0] * (batch_size or 0)
         return kept
 
 
@@ -597,13 +609,13 @@ def the_first_row_that_ends_stops_the_batch():
     _, _, generate, *_ = project()
 
     @around(generate, "loop")
-    def loop(original, step, rows, max_new_tokens, ended):
+    def loop(original, step, rows, limits, ended):
         done = []
 
         def ends(r, row):
             done.extend([r] if ended(r, row) else [])
             return bool(done)
-        return original(step, rows, max_new_tokens, ends)
+        return original(step, rows, limits, ends)
 
 
 @mutant
@@ -611,8 +623,8 @@ def a_row_goes_on_after_its_end():
     _, _, generate, *_ = project()
 
     @around(generate, "loop")
-    def loop(original, step, rows, max_new_tokens, ended):
-        return original(step, rows, max_new_tokens, lambda r, row: False)
+    def loop(original, step, rows, limits, ended):
+        return original(step, rows, limits, lambda r, row: False)
 
 
 @mutant
@@ -620,14 +632,14 @@ def the_end_is_asked_for_once_a_step():
     _, _, generate, *_ = project()
 
     @around(generate, "loop")
-    def loop(original, step, rows, max_new_tokens, ended):
+    def loop(original, step, rows, limits, ended):
         last = {}
 
         def remember(rows, which):
             found = step(rows, which)
             last.update({r: len(row) + len(ids) for r, row, ids in zip(which, rows, found)})
             return found
-        return original(remember, rows, max_new_tokens, lambda r, row: len(row) == last[r] and ended(r, row))
+        return original(remember, rows, limits, lambda r, row: len(row) == last[r] and ended(r, row))
 
 
 @mutant
@@ -685,10 +697,11 @@ def pytest_configure(config):
 
 
 def survives(name):
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "mutants", *TESTS]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "--tb=line", "-p", "no:cacheprovider", "-p", "mutants", *TESTS]
     env = os.environ | {"OMP_NUM_THREADS": "1", "MINDECODE_MUTANT": name, "PYTHONPATH": str(ROOT / "tests")}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
-    assert done.returncode in (0, 1), done.stdout + done.stderr  # anything else: the mutant does not fit any more
+    own = [line for line in done.stdout.splitlines() if line.startswith(f"{Path(__file__)}:")]  # where it broke
+    assert done.returncode in (0, 1) and not own, f"{name} does not fit the code any more: {own or done.stdout + done.stderr}"
     return done.returncode == 0, next((line for line in done.stdout.splitlines() if line.startswith("FAILED")), "")
 
 

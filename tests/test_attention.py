@@ -17,6 +17,7 @@ import torch
 import attention
 from attention import (NOWHERE, Causal, CausalSelfAttention, CrossAttention, Everything, KVCache, SelfAttention, attend,
                        attend_explicit, dense, key_positions)
+from cache import passing
 from model import GPT
 from plumbing.utils import set_seed
 
@@ -151,6 +152,7 @@ def test_stale_contents_of_the_cache_are_never_read(seed):
     (3, 6, 2, "start_pos=3 6 8"),  # an overflow
     (0, 9, 2, "start_pos=0 9 8"),
     (0, 1, 65, "65 64"),           # more rows than max_batch_size
+    (torch.tensor(3), 1, 65, "65"),
     (3, 1, 3, "2 3"),              # another batch in mid-stream
     (3, 1, 1, "2 1"),
 ])
@@ -186,7 +188,7 @@ def test_rewind_forgets_and_continues_in_another_way(seed):
 def test_tensor_positions_have_one_start_or_one_per_row_and_need_a_cache(seed):
     x, mha = seed
     for starts in (torch.tensor([0, 0, 0]), torch.zeros(3, 1, dtype=torch.long)):
-        with pytest.raises(ValueError, match="3 positions: it must be 1 or 2"):
+        with pytest.raises(ValueError, match="3 positions for 2 rows: it must hold 1 or 2"):
             mha(x[:, :1], True, starts)
     with pytest.raises(ValueError, match="with a cache"):
         mha(x[:, :1], False, torch.tensor(0))
@@ -249,7 +251,7 @@ def test_a_chunk_after_a_prefix_sees_the_prefix_and_its_own_past():
     assert mask[0, 0].int().tolist() == [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
     ragged = dense(Causal.allows, torch.tensor([[0], [2]]), torch.arange(3))
     assert ragged[:, 0, 0].int().tolist() == [[1, 0, 0], [1, 1, 1]]
-    padded = dense(Everything.allows, None, key_positions(torch.arange(3), torch.tensor([2, 3])))
+    padded = dense(Everything.allows, None, key_positions(torch.zeros(2, 3), torch.tensor([2, 3])))
     assert padded[:, 0, 0].int().tolist() == [[1, 1, 0], [1, 1, 1]]
 
 
@@ -298,7 +300,7 @@ def test_padding_of_a_source_is_never_seen():
     encoder = rough(SelfAttention(config(n_head=2, n_kv_head=1, n_embd=8)), torch.float64)
     cross = rough(CrossAttention(config(n_head=2, n_kv_head=1, n_embd=8)), torch.float64)
     x, q, lengths = torch.randn(2, 6, 8, dtype=torch.float64), torch.randn(2, 3, 8, dtype=torch.float64), torch.tensor([4, 6])
-    pos, key_pos = torch.arange(6), key_positions(torch.arange(6), lengths)
+    pos, key_pos = torch.arange(6), key_positions(x, lengths)
     solo = encoder(x[:1, :4], pos[:4], pos[:4]), cross(q[:1], *cross.project(x[:1, :4]), pos[:4])
     assert (encoder(x, pos, key_pos)[:1, :4] - solo[0]).abs().max() < 1e-12
     assert (cross(q, *cross.project(x), key_pos)[:1] - solo[1]).abs().max() < 1e-12
@@ -314,7 +316,7 @@ def test_rows_side_by_side_ask_one_source():
     x, encoded = torch.randn(6, 3, 8, dtype=torch.float64), torch.randn(2, 5, 8, dtype=torch.float64)
     k, v = cross.project(encoded)
     for lengths in (None, torch.tensor([5, 2])):
-        key_pos = key_positions(torch.arange(5), lengths)
+        key_pos = key_positions(encoded, lengths)
         y = cross(x, k, v, key_pos)
         for row in range(6):  # rows 0 to 2 ask source 0, rows 3 to 5 source 1
             n = 5 if lengths is None else lengths[row // 3]
@@ -364,3 +366,79 @@ def test_another_pattern_takes_the_place_of_the_causal_one():
     changed = x.clone()
     changed[:, 2] += 1  # seen from positions 2 and 3 alone
     assert (mha(changed) - whole).abs().amax((0, 2)).gt(1e-6).tolist() == [False] * 2 + [True] * 2 + [False] * 5
+
+
+# -----------------------------------------------------------------------------
+# what an attack found
+
+
+def test_texts_of_more_and_fewer_rows_follow_each_other(seed):
+    x, mha = seed
+    cache = KVCache(5, 8)
+    for rows in (4, 2, 5, 1, 4):
+        text = torch.rand(rows, 4, 6)
+        for kept in (mha, None):  # its own, and one that is passed
+            if kept:
+                parts = [mha(text[:, :3], True), mha(text[:, 3:], True, 3)]
+            else:
+                parts = []
+                for start, stop in ((0, 3), (3, 4)):
+                    with passing(cache, start, text[:, start:stop], 8) as pos:
+                        parts.append(mha(text[:, start:stop], pos=pos, cache=cache))
+            assert torch.allclose(torch.cat(parts, 1), mha(text))
+    cache.reorder([3])
+    mha.cache = cache
+    assert torch.allclose(mha(x, True), mha(x))
+
+
+@pytest.mark.parametrize("how", ["a new text", "rewound first", "one row afresh", "a pass that failed", "reordered"])
+def test_numbers_that_are_none_do_not_outlive_their_text(how, seed):
+    x, mha = seed
+    bad = x.clone()
+    bad[:, 3] = float("nan")
+    mha(x[:, :1], True)
+    if how == "a pass that failed":
+        handle = mha.pattern.register_forward_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            mha(bad, True)
+        handle.remove()
+    else:
+        mha(torch.cat([bad[:1], x[1:]]) if how == "one row afresh" else bad, True)
+    if how == "rewound first":
+        mha.cache.rewind(0)
+    if how == "reordered":
+        mha.cache.rewind([0, 4])
+        mha.cache.reorder([0])
+    if how == "one row afresh":
+        mha.cache.rewind([8, 2])
+        y = mha(x[:, 2:3], True, [0, 2])
+        assert torch.allclose(y[:1], mha(x[:1, 2:3])) and torch.allclose(y[1:], mha(x)[1:, 2:3])
+    else:
+        mha(x[:, :2], True)
+        mha.cache.rewind([2, 1])
+        y = mha(torch.stack([x[0, 2:3], x[1, 1:2]]), True, [2, 1])
+        assert torch.allclose(y[0], mha(x)[0, 2:3]) and torch.allclose(y[1], mha(x)[1, 1:2])
+
+
+def test_what_is_no_row_cannot_be_viewed_and_counts_are_ones_own(seed):
+    x, mha = seed
+    cache = mha.cache = KVCache(3, 8)
+    with pytest.raises(ValueError, match="row 0"):
+        cache.row(0)
+    mha(x, True)
+    for row in (-1, 2, 3):
+        with pytest.raises(ValueError, match=f"row {row}"):
+            cache.row(row)
+    position = torch.tensor([3, 4])
+    cache.rewind(position)
+    position += 2
+    assert cache.filled == [3, 4] and all(type(n) is int for n in cache.filled)
+    for rows in ([0, 2], [-1], [0, 1, 0, 1]):
+        with pytest.raises(ValueError, match="cannot make rows"):
+            cache.reorder(rows)
+
+
+def test_lengths_are_one_for_each_row():
+    for lengths in ([3], [3, 3, 3]):
+        with pytest.raises(ValueError, match="must be 2 numbers between 1 and the width 4"):
+            key_positions(torch.zeros(2, 4), torch.tensor(lengths))

@@ -2,13 +2,14 @@
 
 import json
 import random
+from inspect import isfunction
 
 import pytest
 import torch
 from torch.nn.modules.module import Module
 
 from attention import Attention
-from bench import compare, parting
+from bench import compare, first_difference
 from cost import attention_weights, count, linears, matrix, predict, rows_through
 from generate import generate, strategies, stream
 from model import BART, GPT, BARTConfig, GPTConfig
@@ -196,8 +197,7 @@ def test_records_are_plain_data():
 
 def hooks(model):
     kept = [name for name in vars(Module()) if name.endswith("hooks")]
-    patched = [module for module in model.modules() for value in vars(module).values()
-               if callable(value) and not isinstance(value, Module) and module is not getattr(model, "act", None)]
+    patched = [module for module in model.modules() for value in vars(module).values() if isfunction(value)]
     return patched + [hook for module in model.modules() for name in kept for hook in getattr(module, name)]
 
 
@@ -269,10 +269,19 @@ def test_a_row_that_ended_or_parted_is_compared_no_further():
     ids = [[4, 2], [5, 6, 7]]
     flat = [{0: torch.zeros(8), 1: torch.zeros(8)}, {0: torch.zeros(8), 1: torch.zeros(8)}, {1: torch.zeros(8)}]
     after_the_end = [flat[0], flat[1], {1: torch.full((8,), 0.5)}]
-    assert parting(ids, flat, ids, after_the_end) == (0.5, None)
+    assert first_difference(ids, flat, ids, after_the_end) == (0.5, None)
     other = [[4, 5, 9], [3, 6, 1]]  # row 0 parts at step 2, row 1 at step 1
     wild = [flat[0], flat[1], {0: torch.full((8,), 9.0), 1: torch.full((8,), 9.0)}]
-    assert parting(ids, flat, other, wild) == (0, dict(step=1, row=1, tokens=[5, 3], gap=0))
+    assert first_difference(ids, flat, other, wild) == (0, dict(step=1, row=1, tokens=[5, 3], gap=0))
+
+
+def test_a_strategy_of_ones_own_is_compared_without_a_closed_form(monkeypatch):
+    import generate as program
+    model = tiny_gpt()
+    monkeypatch.setattr(program, "strategies", lambda model: {"naive": program.naive, "mine": program.cached})
+    run = {name: lambda name=name: stream(model, [[3] * 4], 5, strategy=name) for name in ("naive", "mine")}
+    result = compare(model, run, 4)
+    assert result["identical"] and result["exact"] and result["strategies"][1]["closed_form"] == [0, 0]
 
 
 def test_rows_that_end_leave_the_counts_exact():
@@ -303,7 +312,9 @@ def test_the_table_of_linears_is_the_models(seed):
 
 def test_another_strategy_is_refused():
     with pytest.raises(UserError, match="'speculative'.*naive, hoisted, cached"):
-        predict(tiny_gpt().config, "speculative", 3, 4)
+        predict(tiny_bart().config, "speculative", 3, 4)
+    with pytest.raises(UserError, match="'hoisted'.*naive, cached"):  # a GPT has nothing to hoist
+        predict(tiny_gpt().config, "hoisted", 3, 4)
 
 
 def test_linears_that_are_not_torchs_are_counted_too():

@@ -1,7 +1,9 @@
 """Generation: strategies agree, rows are independent, the cache costs what it should, and the model is given back."""
 
 import random
+import re
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -105,7 +107,7 @@ def test_a_step_may_find_several_ids_and_the_end_is_asked_for_after_each():
         asked.append((r, row[-1]))
         return r == 1 and row[-1] == 15
 
-    found = list(loop(step, [[7], [7, 7], []], 5, ended))
+    found = list(loop(step, [[7], [7, 7], []], [6, 7, 5], ended))
     assert found == [[[1, 2, 3], [12, 13, 14], [20, 21, 22]], [[4, 5], [15], [23, 24]]]
     assert (1, 15) in asked and (1, 16) not in asked
 
@@ -120,29 +122,25 @@ def test_any_number_of_threads_on_one_model_give_each_its_own_tokens(kind):
     batches = [[[rng.randrange(model.config.vocab_size) for _ in range(rng.randint(1, 6))] for _ in range(3)] for _ in range(4)]
     alone = [generate(model, prompts, M, ignore_eos=True) for prompts in batches]
     model.train()
-    wrong, start = [], threading.Barrier(5)
+    start = threading.Barrier(5, timeout=60)
 
     def work(prompts, expected):
         start.wait()
-        for _ in range(20):
-            if generate(model, prompts, M, ignore_eos=True) != expected:
-                wrong.append(prompts)
+        return [generate(model, prompts, M, ignore_eos=True) == expected for _ in range(20)]
 
     def train():
         start.wait()
-        ids = torch.zeros(2, 4, dtype=torch.long)
+        ids, drawn = torch.zeros(2, 4, dtype=torch.long), []
         for _ in range(20):
-            logits = model(ids) if kind == "gpt" else model(ids, ids)
-            torch.autograd.grad(logits.sum(), model.lm_head.weight)
-            if torch.equal(logits, model(ids) if kind == "gpt" else model(ids, ids)):
-                wrong.append("no dropout where gradients are recorded")
+            logits = [model(ids) if kind == "gpt" else model(ids, ids) for _ in range(2)]
+            torch.autograd.grad(logits[0].sum(), model.lm_head.weight)
+            drawn.append(not torch.equal(*logits))
+        return drawn  # there is dropout where gradients are recorded
 
-    threads = [threading.Thread(target=work, args=pair) for pair in zip(batches, alone)] + [threading.Thread(target=train)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong and all(module.training for module in model.modules())
+    with ThreadPoolExecutor(5) as pool:
+        done = [pool.submit(work, *pair) for pair in zip(batches, alone)] + [pool.submit(train)]
+        assert [future.result(timeout=60) for future in done] == [[True] * 20] * 5
+    assert all(module.training for module in model.modules())
 
 
 def test_advance_lets_enter_what_is_not_stored_and_refuses_a_row_without_anything_new():
@@ -156,8 +154,10 @@ def test_advance_lets_enter_what_is_not_stored_and_refuses_a_row_without_anythin
     logits = advance(model, rows, cache)
     assert entered == [(2, 3)] and cache.filled == [4, 2]
     assert max((logits[r, 0] - whole[r][-1]).abs().max() for r in (0, 1)) < 1e-10
-    with pytest.raises(ValueError, match=r"1 new ids of every row .*\[1, 0\]"):
-        advance(model, [rows[0] + [1], rows[1]], cache)
+    for given, last, new in (([rows[0] + [1], rows[1]], 1, "[1, 0]"), ([rows[0] + [1]], 1, "[1]"), (rows, 0, "[0, 0]"),
+                             ([], 1, "[]"), ([rows[0] + [1], rows[1] + [1]], 2, "[1, 1]")):
+        with pytest.raises(ValueError, match=rf"{last} new ids of every row .*2 rows {re.escape(new)}"):
+            advance(model, given, cache, last=last)
     with pytest.raises(ValueError, match="overflow"):
         advance(model, [rows[0] + [1] * 4, rows[1] + [1]], cache)
     assert cache.filled == [4, 2]
@@ -323,6 +323,14 @@ def test_bad_requests_to_an_encoder_decoder_are_refused():
 
 def test_no_prompts_give_no_texts():
     assert generate(random_model(0, "gpt")[0], [], 3) == [] == generate(random_model(0, "bart")[0], [], 3)
+
+
+def test_ids_beyond_the_vocabulary_that_may_be_chosen():
+    """A model's vocabulary may be padded: n_vocab ids are real. Ends and prompts may lie behind, forced ids may not."""
+    model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=4, vocab_size=13, block_size=10, eos_id=12))
+    assert len(generate(model, [[12, 2]], 5, n_vocab=10, min_length=5, no_repeat_ngram=1)[0]) == 5
+    with pytest.raises(UserError, match="id 12: ids are integers from 0 to 9"):
+        stream(model, [[1, 2]], 2, n_vocab=10, forced_last=12)
 
 
 def test_a_misspelt_choice_is_an_error():

@@ -27,8 +27,16 @@ def rough(model, dtype=torch.float64):
 def random_sizes(rng):
     n_head = rng.choice([1, 2, 3, 4])
     return dict(n_head=n_head, n_kv_head=rng.choice([None, *(n for n in (1, 2, 3, 4) if n_head % n == 0)]),
-                n_embd=n_head * rng.choice([1, 2, 5, 8]), vocab_size=rng.randint(3, 30), block_size=rng.randint(2, 32),
+                n_embd=n_head * rng.choice([2, 4, 6, 8]), vocab_size=rng.randint(3, 30), block_size=rng.randint(2, 32),
                 max_batch_size=4, tie_weights=rng.random() < 0.5)
+
+
+@pytest.mark.parametrize("head_size", [1, 3, 5])
+def test_heads_may_be_of_odd_size(head_size):
+    torch.manual_seed(head_size)
+    model = rough(GPT(GPTConfig(n_layer=2, n_head=3, n_embd=3 * head_size, vocab_size=13, block_size=9)))
+    idx = torch.randint(13, (2, 9))
+    assert worst([model(idx[:, :4], True), model(idx[:, 4:], True, 4)], model(idx)) <= 1e-10
 
 
 def random_split(rng, T):
@@ -183,7 +191,53 @@ def test_a_new_source_that_fails_half_way_is_mixed_with_nothing(bart):
     with pytest.raises(ZeroDivisionError):
         bart.decode(target, B, use_kv_cache=True)
     handle.remove()
-    assert (bart.decode(target, None, use_kv_cache=True) - bart.decode(target, A)).abs().max() < 1e-10
+    for start in (1, 5):  # the text that it replaced is gone, and nothing goes on with either source
+        with pytest.raises(ValueError, match="0 positions are stored"):
+            bart.decode(target[:, :1], None, use_kv_cache=True, start_pos=start)
+    assert (bart.decode(target, A, use_kv_cache=True) - bart.decode(target, A)).abs().max() < 1e-10
+
+
+def test_a_text_that_is_refused_leaves_the_one_before_and_its_source(gpt, bart):
+    A, B, target = *(bart.encode(torch.randint(13, (2, 7))) for _ in range(2)), torch.randint(13, (3, 11))
+    bart.decode(target[:2, :5], A, use_kv_cache=True)
+    gpt(target[:2, :5], use_kv_cache=True)
+    for start in (0, [0, 0]):
+        with pytest.raises(ValueError, match="block_size=10"):
+            bart.decode(target[:2], B, use_kv_cache=True, start_pos=start)
+    with pytest.raises(ValueError, match="block_size=10"):
+        gpt(target, use_kv_cache=True)  # more rows, too
+    step = bart.decode(target[:2, 5:6], None, use_kv_cache=True, start_pos=5)
+    assert (step - bart.decode(target[:2, :6], A)[:, 5:]).abs().max() < 1e-10
+    assert (gpt(target[:2, 5:6], True, 5) - gpt(target[:2, :6])[:, 5:]).abs().max() < 1e-10
+
+
+def test_a_new_text_without_a_source_has_none(bart):
+    A, target = bart.encode(torch.randint(13, (2, 7))), torch.randint(13, (2, 5))
+    bart.decode(target, A, use_kv_cache=True)
+    assert (bart.decode(target, None, use_kv_cache=True) - bart.decode(target, None)).abs().max() < 1e-10
+    bart.decode(target, A, use_kv_cache=True, start_pos=[0, 0])
+    bart.clear_kv_cache()
+    assert bart.source is None and bart.cache is None and bart.decoder[0].attn.cache_k is None
+
+
+def test_a_decoding_may_begin_in_inference_mode_and_go_on_outside(gpt, bart):
+    target = torch.randint(13, (2, 5))
+    with torch.inference_mode():
+        A = bart.encode(torch.randint(13, (2, 7)))
+        bart.decode(target[:, :3], A, use_kv_cache=True)
+        gpt(target[:, :3], use_kv_cache=True)
+        whole = bart.decode(target, A), gpt(target)
+    assert (bart.decode(target[:, 3:], None, use_kv_cache=True, start_pos=3) - whole[0][:, 3:]).abs().max() < 1e-10
+    assert (gpt(target[:, 3:], True, 3) - whole[1][:, 3:]).abs().max() < 1e-10
+
+
+def test_a_layer_that_is_called_by_itself_does_not_move_the_models_cache(gpt):
+    idx, x = torch.randint(13, (2, 8)), torch.randn(2, 5, 16, dtype=torch.float64)
+    layer = gpt.h[0].attn
+    gpt(idx[:, :4], True)
+    layer(x[:, :3], True)
+    assert (gpt(idx[:, 4:], True, 4) - gpt(idx)[:, 4:]).abs().max() < 1e-10
+    assert (layer(x[:, 3:], True, 3) - layer(x)[:, 3:]).abs().max() < 1e-10
 
 
 def test_a_memory_that_was_changed_in_place_is_another_memory(bart):
