@@ -215,7 +215,8 @@ def read_config(directory):
     own = raw["model_type"] == fmt.our_type
     try:
         fmt = fmt._replace(model=saved_class(fmt, raw)) if own else fmt
-        config = read_fields(fmt, raw, own)
+        config = fmt.model.get_default_config()
+        read_fields(fmt, raw, own, config)
         config.validate()
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
@@ -239,50 +240,46 @@ def own_fields(fmt, config):
     return [field.name for field in fields(config) if field.name not in fmt.fields.keys() | NEUTRAL]
 
 
-def read_fields(fmt, raw, own):
-    """A configuration as config.json has it. Raises UserError on wrong types, and on names that do not agree."""
-    config = fmt.model.get_default_config()
-    types = {field.name: field.type for field in fields(config)}
+def read_fields(fmt, raw, own, config):
+    """Set what a config.json tells or, saying nothing, means. Raises UserError on a key of ours that we do not know."""
     raw = {"embd_pdrop": raw.get("dropout", 0.1)} | raw  # BART has one number for both
     for name, theirs in fmt.fields.items():
-        values = [fmt.silent.get(name) if raw.get(key) is None else raw[key] for key in theirs]
-        values = [configs.checked(key, value, types[name], MAX_SIZE) for key, value in zip(theirs, values)]
-        if len(set(map(repr, values))) > 1:
-            raise UserError(f"{' and '.join(theirs)} differ ({', '.join(map(str, values))}); they must agree")
-        setattr(config, name, values[0])
+        set_field(config, name, {key: fmt.silent.get(name) if raw.get(key) is None else raw[key] for key in theirs})
     if fmt.their_type == "gpt2" and isinstance(config.eos_id, int) and config.eos_id >= config.vocab_size:
         config.eos_id = None  # GPT-2's default in a file with a smaller vocabulary: an id that can never be produced
-    config.eos_id = one_or_several(config.eos_id)
-    if own:
-        ours = own_fields(fmt, config)
-        for key in raw:  # one that we do not know would be missing in the model
-            configs.known(key[:60], WRITTEN.union(fmt.fixed, ours, *fmt.fields.values()), f"key of {fmt.our_type}")
-        for name in ours:
-            setattr(config, name, configs.checked(name, raw.get(name, getattr(config, name)), types[name], MAX_SIZE))
-    return config
+    ours = own_fields(fmt, config) if own else []
+    for key in raw if own else []:  # one that we do not know would be missing in the model
+        configs.known(key[:60], WRITTEN.union(fmt.fixed, ours, *fmt.fields.values()), f"key of {fmt.our_type}")
+    for name in ours:
+        set_field(config, name, {name: raw.get(name, getattr(config, name))})
 
 
-def one_or_several(ids):
-    """Published models may end in one of several ids. A list of one is that one; validate() finds ids out of range."""
-    if isinstance(ids, list) and (not ids or any(type(i) is not int for i in ids)):
-        raise UserError(f"eos_token_id={ids!a:.60} must be whole numbers, at least one")
-    return ids[0] if isinstance(ids, list) and len(ids) == 1 else ids
+def set_field(config, name, said):
+    """Set a field to what a file says, {key: value}. Raises UserError on a wrong type, or if keys do not agree."""
+    kind = next(field.type for field in fields(config) if field.name == name)
+    values = [configs.checked(key, value, kind, MAX_SIZE) for key, value in said.items()]
+    if len(set(map(repr, values))) > 1:
+        raise UserError(f"{' and '.join(said)} differ ({', '.join(map(str, values))}); they must agree")
+    value = values[0]
+    if name == "eos_id" and isinstance(value, list):  # of several ids; validate() finds those out of range
+        if not value or any(type(i) is not int for i in value):
+            raise UserError(f"eos_token_id={value!a:.60} must be whole numbers, at least one")
+        value = value[0] if len(value) == 1 else value
+    setattr(config, name, value)
 
 
 def read_generation_ids(directory, config):
     """
-    The end and start ids of a generation_config.json, which outrank those of config.json, into a configuration. Raises
-    UserError on ids that the vocabulary has not.
+    Set the end and start ids that a generation_config.json has: they outrank those of config.json. Raises UserError on
+    ids that the vocabulary has not.
     """
     raw = load_generation_config(directory)
-    names = {"eos_token_id": "eos_id", "decoder_start_token_id": "start_id"}
-    for key, name in names.items():
+    for key, name in {"eos_token_id": "eos_id", "decoder_start_token_id": "start_id"}.items():
         value = raw.get(key)
         if value is None or not hasattr(config, name) or (key, value) == ("eos_token_id", GPT_SILENT["eos_id"]):
             continue  # GPT-2's end stands in many files with a smaller vocabulary
         try:
-            kind = next(field.type for field in fields(config) if field.name == name)
-            setattr(config, name, one_or_several(configs.checked(key, value, kind, MAX_SIZE)))
+            set_field(config, name, {key: value})
             config.validate()
         except UserError as error:
             raise UserError(f"{directory / 'generation_config.json'}: {key}={value!a:.60}: {error}") from None
@@ -314,19 +311,14 @@ def write_config(fmt, model):
 def read_headers(directory, fmt, own):
     """
     The headers of all files of a model. Those of strangers may lack a prefix and hold old mask buffers; ours do not.
+    The index that comes with several files is not asked: which tensors are there, and that none is missing, they tell.
     """
     paths = [directory / "model.safetensors"]
-    index = directory / "model.safetensors.index.json"
     if not os.path.lexists(paths[0]):
-        if not os.path.lexists(index):
-            raise UserError(f"{directory} has no model.safetensors, and other weights, such as pickled .bin files, can "
-                            f"run code and are not read: convert them with transformers' save_pretrained")
-        names = read_json(index).get("weight_map")
-        names = set(names.values()) if isinstance(names, dict) and all(
-            isinstance(n, str) and n.endswith(".safetensors") and Path(n).name == n for n in names.values()) else ()
-        if not names:
-            raise UserError(f"{index}: weight_map must map tensors to safetensors files of the same directory")
-        paths = [directory / name for name in sorted(names)]
+        paths = sorted(directory.glob("model-*-of-*.safetensors"))
+    if not paths:
+        raise UserError(f"{directory} has no model.safetensors, and other weights, such as pickled .bin files, can "
+                        f"run code and are not read: convert them with transformers' save_pretrained")
     stored = {}
     for path in paths:
         for name, entry in read_header(path).items():
@@ -358,20 +350,18 @@ def settle_embeddings(fmt, config, stored):
 
 def compare(directory, stored, expected):
     """Raise one UserError that lists all that a file lacks, has too much, or has in another form than {name: shape}."""
-    def some(what, names):
-        names = sorted(names)
-        more = f", ... {len(names) - 4} more" if len(names) > 4 else ""
-        return [f"{what} {', '.join(name[:160] for name in names[:4])}{more}"] if names else []
-
     both = stored.keys() & expected.keys()
-    odd = [f"{name} {stored[name].dtype}" for name in both if stored[name].dtype not in DTYPES]
-    wrong = [f"{name} {stored[name].shape} instead of {expected[name]}" for name in both
-             if expected[name] not in (None, stored[name].shape)]
-    faults = (some("missing", expected.keys() - stored.keys() - {OPTIONAL})
-              + some("unexpected", stored.keys() - expected.keys())
-              + some(f"not {'/'.join(DTYPES)}", odd) + some("of another shape", wrong))
-    if faults:
-        raise UserError(f"{directory}: the weights do not fit config.json: {'; '.join(faults)}")
+    faults = {
+        "missing": expected.keys() - stored.keys() - {OPTIONAL},
+        "unexpected": stored.keys() - expected.keys(),
+        f"not {'/'.join(DTYPES)}": [f"{name} {stored[name].dtype}" for name in both
+                                    if stored[name].dtype not in DTYPES],
+        "of another shape": [f"{name} {stored[name].shape} instead of {expected[name]}" for name in both
+                             if expected[name] not in (None, stored[name].shape)]}
+    told = [f"{what} {', '.join(name[:160] for name in sorted(names)[:4])}"
+            + (f", ... {len(names) - 4} more" if len(names) > 4 else "") for what, names in faults.items() if names]
+    if told:
+        raise UserError(f"{directory}: the weights do not fit config.json: {'; '.join(told)}")
 
 
 class Uninitialised(TorchFunctionMode):
