@@ -120,7 +120,8 @@ NEUTRAL = {"max_batch_size"}  # fields of how we decode, not of what the model i
 
 # `prefix` is what their keys start with, unless they were saved from the model without its head; `shared` is the name
 # of an embedding that is tied. Untied, BART's is still expected in a file, though nobody looks anything up in it.
-Format = namedtuple("Format", "model their_type our_type architecture table prefix shared fields silent fixed says parts")
+Format = namedtuple("Format", "model their_type our_type architecture table prefix shared fields silent fixed "
+                              "says parts")
 FORMATS = [
     Format(GPT, "gpt2", "mindecode-gpt", "GPT2LMHeadModel", GPT_TABLE, "transformer.", "transformer.wte.weight",
            GPT_FIELDS, GPT_SILENT, GPT_FIXED, GPT_SAYS, GPT_PARTS),
@@ -315,7 +316,7 @@ def read_headers(directory, fmt, own):
     """
     paths = [directory / "model.safetensors"]
     if not os.path.lexists(paths[0]):
-        paths = sorted(directory.glob("model-*-of-*.safetensors"))
+        paths = sorted(directory.glob("*-of-*.safetensors"))
     if not paths:
         raise UserError(f"{directory} has no model.safetensors, and other weights, such as pickled .bin files, can "
                         f"run code and are not read: convert them with transformers' save_pretrained")
