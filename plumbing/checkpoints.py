@@ -42,7 +42,9 @@ class Checkpoint:
             reason = " ".join(str(error).split())[:160]
             raise UserError(f"{self.path} is of another model than this one ({reason}); use its config") from None
         tensors = load_file(self.path / "training.safetensors")
-        named = [[sorted(members(model, group)) for group in optimizer.param_groups] for optimizer in optimizers]
+        names = {p: name for name, p in model.named_parameters()}
+        named = [[sorted(names[p] for p in group["params"]) for group in optimizer.param_groups]
+                 for optimizer in optimizers]
         if named != [[sorted(group["params"]) for group in groups] for groups in self.optimizers]:
             raise UserError(f"{self.path} has other parameters in its {len(self.optimizers)} optimizers than this run; "
                             f"use its configuration")
@@ -136,11 +138,6 @@ def load_checkpoint(run_dir):
 # -----------------------------------------------------------------------------
 # Optimizers, by the names of parameters: an index would change its meaning with the order of the groups. The functions
 # are torch's; they are imported where they are used because that takes half a second.
-
-
-def members(model, group):
-    names = {p: name for name, p in model.named_parameters()}
-    return [names[p] for p in group["params"]]
 
 
 def pack(model, optimizer):
