@@ -108,25 +108,21 @@ BART_SILENT = dict(n_kv_head=None, attn_pdrop=0.0, resid_pdrop=0.1, layer_norm_e
 BART_FIXED = dict(activation_function=("gelu",), normalize_before=(False,), add_final_layer_norm=(False,),
                   normalize_embedding=(True,), is_encoder_decoder=(True,))
 
-# What makes a model our own type: a field of its configuration that says something else than this, or that stands
-# neither here nor among their names above; a part of this name that is something else than this; being a subclass;
+# What makes a model our own type: a field of its configuration that is not among these, or has not the value that it
+# `always` has in theirs; an activation, or a pattern of attention, that prints itself in another way; being a subclass;
 # a tensor that the table has not, or has in another shape, and one that it has and the model has not.
-GPT_SAYS = {"n_kv_head": lambda config: config.n_kv_head in (None, config.n_head)}
-BART_SAYS = GPT_SAYS | {"layer_norm_eps": lambda config: config.layer_norm_eps == 1e-5}
-PATTERNS = ("Causal(", "Everything(")  # how each of their attentions prints itself
-GPT_PARTS = {"act": ("GELU(approximate='tanh')",), "pattern": PATTERNS}
-BART_PARTS = {"act": ("GELU(approximate='none')",), "pattern": PATTERNS}
+PATTERNS = ("Causal(", "Everything(")
 NEUTRAL = {"max_batch_size"}  # fields of how we decode, not of what the model is: never in a file
 
 # `prefix` is what their keys start with, unless they were saved from the model without its head; `shared` is the name
 # of an embedding that is tied. Untied, BART's is still expected in a file, though nobody looks anything up in it.
-Format = namedtuple("Format", "model their_type our_type architecture table prefix shared fields silent fixed "
-                              "says parts")
+Format = namedtuple("Format", "model their_type our_type architecture table prefix shared fields silent fixed always "
+                              "activation")
 FORMATS = [
     Format(GPT, "gpt2", "mindecode-gpt", "GPT2LMHeadModel", GPT_TABLE, "transformer.", "transformer.wte.weight",
-           GPT_FIELDS, GPT_SILENT, GPT_FIXED, GPT_SAYS, GPT_PARTS),
+           GPT_FIELDS, GPT_SILENT, GPT_FIXED, {}, "GELU(approximate='tanh')"),
     Format(BART, "bart", "mindecode-bart", "BartForConditionalGeneration", BART_TABLE, "model.", "model.shared.weight",
-           BART_FIELDS, BART_SILENT, BART_FIXED, BART_SAYS, BART_PARTS),
+           BART_FIELDS, BART_SILENT, BART_FIXED, {"layer_norm_eps": 1e-5}, "GELU(approximate='none')"),
 ]
 
 MAX_SIZE = 2**28  # of any number in a config: beyond every model, and products of three of them still fit 64 bits
@@ -182,13 +178,12 @@ def differences(fmt, model):
     """What a model is or has that theirs is not or has not, as phrases: with any of them it is of our own type."""
     config, lines = model.config, published(fmt, model.config)
     found = [] if type(model) is fmt.model else [f"class {type(model).__name__}"]
-    for name in (field.name for field in fields(config)):
-        if not (fmt.says[name](config) if name in fmt.says else name in fmt.fields.keys() | NEUTRAL):
-            found.append(f"{name}={getattr(config, name)}")
-    for name, part in model.named_modules():
-        expected = fmt.parts.get(name.rpartition(".")[2])
-        if expected and not str(part).startswith(expected):
-            found.append(f"{name}={part}")
+    always = {"n_kv_head": config.n_kv_head and config.n_head} | fmt.always  # None, too, is as many as n_head
+    changed = [name for name, value in always.items() if getattr(config, name) != value]
+    found += [f"{name}={getattr(config, name)}" for name in changed + own_fields(fmt, config)]
+    parts = {"act": fmt.activation, "pattern": PATTERNS}
+    found += [f"{name}={part}" for name, part in model.named_modules()
+              if not str(part).startswith(parts.get(name.rpartition(".")[2], ""))]
     shapes = {ours[0]: tuple(x.shape) for ours, x, *_ in entries(fmt, model)}
     found += [f"{name} {shape}" for name, shape in shapes.items() if name not in lines or shape != lines[name][2]]
     found += [f"no {name}" for name in lines if name not in shapes]
