@@ -80,31 +80,29 @@ BART_TABLE = {
 TIED = ["encoder_wte.weight", "lm_head.weight"]  # where the config ties, these are wte.weight, stored as `shared`
 DEPTH = {"h": "n_layer", "encoder": "n_encoder_layer", "decoder": "n_decoder_layer"}  # how many layers a * counts
 
-# config.json: our field -> their names, which must all say the same. `silent` is what Hugging Face assumes where the
-# file says nothing (a field without an entry must be there); `fixed` is what the architecture is, the first value
-# being the one we write.
+# config.json: our field -> what Hugging Face assumes where the file says nothing (for None, where the field cannot be
+# None, it must say something), and their names, which must all say the same. `fixed` is what the architecture is, the
+# first value being the one we write.
 GPT_FIELDS = {
-    "n_layer": ["n_layer"], "n_head": ["n_head"], "n_kv_head": ["n_kv_head"], "n_embd": ["n_embd"],
-    "n_inner": ["n_inner"], "vocab_size": ["vocab_size"], "block_size": ["n_positions"],
-    "embd_pdrop": ["embd_pdrop"], "attn_pdrop": ["attn_pdrop"], "resid_pdrop": ["resid_pdrop"],
-    "layer_norm_eps": ["layer_norm_epsilon"], "tie_weights": ["tie_word_embeddings"], "eos_id": ["eos_token_id"],
+    "n_layer": (None, "n_layer"), "n_head": (None, "n_head"), "n_kv_head": (None, "n_kv_head"),
+    "n_embd": (None, "n_embd"), "n_inner": (None, "n_inner"), "vocab_size": (None, "vocab_size"),
+    "block_size": (None, "n_positions"), "embd_pdrop": (0.1, "embd_pdrop"), "attn_pdrop": (0.1, "attn_pdrop"),
+    "resid_pdrop": (0.1, "resid_pdrop"), "layer_norm_eps": (1e-5, "layer_norm_epsilon"),
+    "tie_weights": (True, "tie_word_embeddings"), "eos_id": (50256, "eos_token_id"),
 }
-GPT_SILENT = dict(n_kv_head=None, n_inner=None, embd_pdrop=0.1, attn_pdrop=0.1, resid_pdrop=0.1, layer_norm_eps=1e-5,
-                  tie_weights=True, eos_id=50256)
 GPT_FIXED = dict(activation_function=("gelu_new", "gelu_pytorch_tanh"), scale_attn_weights=(True,),
                  scale_attn_by_inverse_layer_idx=(False,), reorder_and_upcast_attn=(False,),
                  add_cross_attention=(False,))
 BART_FIELDS = {
-    "n_encoder_layer": ["encoder_layers"], "n_decoder_layer": ["decoder_layers"],
-    "n_head": ["encoder_attention_heads", "decoder_attention_heads"], "n_kv_head": ["n_kv_head"],
-    "n_embd": ["d_model"], "n_inner": ["encoder_ffn_dim", "decoder_ffn_dim"], "vocab_size": ["vocab_size"],
-    "block_size": ["max_position_embeddings"], "embd_pdrop": ["embd_pdrop"], "attn_pdrop": ["attention_dropout"],
-    "resid_pdrop": ["dropout"], "layer_norm_eps": ["layer_norm_epsilon"], "scale_embedding": ["scale_embedding"],
-    "tie_weights": ["tie_word_embeddings"], "bos_id": ["bos_token_id"], "pad_id": ["pad_token_id"],
-    "eos_id": ["eos_token_id"], "start_id": ["decoder_start_token_id"],
+    "n_encoder_layer": (None, "encoder_layers"), "n_decoder_layer": (None, "decoder_layers"),
+    "n_head": (None, "encoder_attention_heads", "decoder_attention_heads"), "n_kv_head": (None, "n_kv_head"),
+    "n_embd": (None, "d_model"), "n_inner": (None, "encoder_ffn_dim", "decoder_ffn_dim"),
+    "vocab_size": (None, "vocab_size"), "block_size": (None, "max_position_embeddings"),
+    "embd_pdrop": (None, "embd_pdrop"), "attn_pdrop": (0.0, "attention_dropout"), "resid_pdrop": (0.1, "dropout"),
+    "layer_norm_eps": (1e-5, "layer_norm_epsilon"), "scale_embedding": (False, "scale_embedding"),
+    "tie_weights": (True, "tie_word_embeddings"), "bos_id": (0, "bos_token_id"), "pad_id": (1, "pad_token_id"),
+    "eos_id": (2, "eos_token_id"), "start_id": (2, "decoder_start_token_id"),
 }
-BART_SILENT = dict(n_kv_head=None, attn_pdrop=0.0, resid_pdrop=0.1, layer_norm_eps=1e-5, scale_embedding=False,
-                   tie_weights=True, bos_id=0, pad_id=1, eos_id=2, start_id=2)
 BART_FIXED = dict(activation_function=("gelu",), normalize_before=(False,), add_final_layer_norm=(False,),
                   normalize_embedding=(True,), is_encoder_decoder=(True,))
 
@@ -116,13 +114,13 @@ NEUTRAL = {"max_batch_size"}  # fields of how we decode, not of what the model i
 
 # `prefix` is what their keys start with, unless they were saved from the model without its head; `shared` is the name
 # of an embedding that is tied. Untied, BART's is still expected in a file, though nobody looks anything up in it.
-Format = namedtuple("Format", "model their_type our_type architecture table prefix shared fields silent fixed always "
+Format = namedtuple("Format", "model their_type our_type architecture table prefix shared fields fixed always "
                               "activation")
 FORMATS = [
     Format(GPT, "gpt2", "mindecode-gpt", "GPT2LMHeadModel", GPT_TABLE, "transformer.", "transformer.wte.weight",
-           GPT_FIELDS, GPT_SILENT, GPT_FIXED, {}, "GELU(approximate='tanh')"),
+           GPT_FIELDS, GPT_FIXED, {}, "GELU(approximate='tanh')"),
     Format(BART, "bart", "mindecode-bart", "BartForConditionalGeneration", BART_TABLE, "model.", "model.shared.weight",
-           BART_FIELDS, BART_SILENT, BART_FIXED, {"layer_norm_eps": 1e-5}, "GELU(approximate='none')"),
+           BART_FIELDS, BART_FIXED, {"layer_norm_eps": 1e-5}, "GELU(approximate='none')"),
 ]
 
 MAX_SIZE = 2**28  # of any number in a config: beyond every model, and products of three of them still fit 64 bits
@@ -239,13 +237,14 @@ def own_fields(fmt, config):
 def read_fields(fmt, raw, own, config):
     """Set what a config.json tells or, saying nothing, means. Raises UserError on a key of ours that we do not know."""
     raw = {"embd_pdrop": raw.get("dropout", 0.1)} | raw  # BART has one number for both
-    for name, theirs in fmt.fields.items():
-        set_field(config, name, {key: fmt.silent.get(name) if raw.get(key) is None else raw[key] for key in theirs})
+    for name, (silent, *theirs) in fmt.fields.items():
+        set_field(config, name, {key: silent if raw.get(key) is None else raw[key] for key in theirs})
     if fmt.their_type == "gpt2" and isinstance(config.eos_id, int) and config.eos_id >= config.vocab_size:
         config.eos_id = None  # GPT-2's default in a file with a smaller vocabulary: an id that can never be produced
     ours = own_fields(fmt, config) if own else []
+    keys = WRITTEN.union(fmt.fixed, ours, *(theirs for _, *theirs in fmt.fields.values()))
     for key in raw if own else []:  # one that we do not know would be missing in the model
-        configs.known(key[:60], WRITTEN.union(fmt.fixed, ours, *fmt.fields.values()), f"key of {fmt.our_type}")
+        configs.known(key[:60], keys, f"key of {fmt.our_type}")
     for name in ours:
         set_field(config, name, {name: raw.get(name, getattr(config, name))})
 
@@ -272,7 +271,7 @@ def read_generation_ids(directory, config):
     raw = load_generation_config(directory)
     for key, name in {"eos_token_id": "eos_id", "decoder_start_token_id": "start_id"}.items():
         value = raw.get(key)
-        if value is None or not hasattr(config, name) or (key, value) == ("eos_token_id", GPT_SILENT["eos_id"]):
+        if value is None or not hasattr(config, name) or (key, value) == ("eos_token_id", GPT_FIELDS["eos_id"][0]):
             continue  # GPT-2's end stands in many files with a smaller vocabulary
         try:
             set_field(config, name, {key: value})
@@ -291,7 +290,7 @@ def write_config(fmt, model):
         more = f" and {len(own) - 4} more" if len(own) > 4 else ""
         raw["comment"] = f"needs minDecode: unlike {fmt.architecture} in {', '.join(own[:4])}{more}"
         raw |= {name: getattr(config, name) for name in own_fields(fmt, config)}
-    raw |= {key: getattr(config, name) for name, theirs in fmt.fields.items() for key in theirs}
+    raw |= {key: getattr(config, name) for name, (_, *theirs) in fmt.fields.items() for key in theirs}
     raw |= {name: values[0] for name, values in fmt.fixed.items()}
     if fmt.their_type == "gpt2":
         first = next(iter(config.end_ids), None)  # one id separates texts
