@@ -73,11 +73,10 @@ def write_json(path, value):
     Path(path).write_text(json.dumps(value, indent=1) + "\n")
 
 
-def fetch(url, sha256, path, remedy, seconds=10):
+def fetch(url, sha256, path, remedy):
     """The bytes behind `url`, kept at `path` between calls and believed only if their sha256 is right.
 
-    `remedy` ends the sentence of the UserError that an offline machine gets; `seconds` is how long a silent
-    network may keep us waiting.
+    `remedy` ends the sentence of the UserError that an offline machine gets.
     """
     def right(data):
         return hashlib.sha256(data).hexdigest() == sha256
@@ -86,7 +85,7 @@ def fetch(url, sha256, path, remedy, seconds=10):
     if path.is_file() and right(data := read_bytes(path)):
         return data
     try:
-        with urllib.request.urlopen(url, timeout=seconds) as reply:
+        with urllib.request.urlopen(url, timeout=10) as reply:
             data = reply.read(MAX_BYTES)
     except (OSError, ValueError, HTTPException) as error:
         raise UserError(f"cannot download {url} ({error}); {remedy}") from None
