@@ -148,7 +148,8 @@ def pack(model, optimizer):
     if new:  # torch has made it take a step of zeros to see what its state will be
         optimizer.state.clear()
         named["state"] = {}
-    tensors = {f"{name}:{key}": x.cpu().contiguous() for name, kept in named["state"].items() for key, x in kept.items()}
+    tensors = {f"{name}:{key}": x.cpu().contiguous() for name, of_one in named["state"].items()
+               for key, x in of_one.items()}
     return tensors, [{"params": group.pop("params"), "options": group} for group in named["param_groups"]]
 
 
