@@ -42,7 +42,9 @@ class Checkpoint:
             reason = " ".join(str(error).split())[:160]
             raise UserError(f"{self.path} is of another model than this one ({reason}); use its config") from None
         tensors = load_file(self.path / "training.safetensors")
-        named = [[sorted(members(model, group)) for group in optimizer.param_groups] for optimizer in optimizers]
+        names = {p: name for name, p in model.named_parameters()}
+        named = [[sorted(names[p] for p in group["params"]) for group in optimizer.param_groups]
+                 for optimizer in optimizers]
         if named != [[sorted(group["params"]) for group in groups] for groups in self.optimizers]:
             raise UserError(f"{self.path} has other parameters in its {len(self.optimizers)} optimizers than this run; "
                             f"use its configuration")
@@ -138,11 +140,6 @@ def load_checkpoint(run_dir):
 # are torch's; they are imported where they are used because that takes half a second.
 
 
-def members(model, group):
-    names = {p: name for name, p in model.named_parameters()}
-    return [names[p] for p in group["params"]]
-
-
 def pack(model, optimizer):
     """(tensors, groups) of an optimizer whose state is tensors: {"name:key": tensor}, and its options for JSON."""
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
@@ -151,7 +148,8 @@ def pack(model, optimizer):
     if new:  # torch has made it take a step of zeros to see what its state will be
         optimizer.state.clear()
         named["state"] = {}
-    tensors = {f"{name}:{key}": x.cpu().contiguous() for name, kept in named["state"].items() for key, x in kept.items()}
+    tensors = {f"{name}:{key}": x.cpu().contiguous() for name, of_one in named["state"].items()
+               for key, x in of_one.items()}
     return tensors, [{"params": group.pop("params"), "options": group} for group in named["param_groups"]]
 
 

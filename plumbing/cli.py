@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from plumbing.errors import Parser, UserError
-from plumbing.files import read_text
+from plumbing.files import decode, read_text
 from plumbing.models import random_model
 from plumbing.tokenizers import StreamDecoder, Tokenizer
 from plumbing.utils import DTYPES, pick_device
@@ -16,6 +16,7 @@ from plumbing.weights import load_generation_config, load_pretrained
 MAX_PROMPT = 2**24  # bytes
 MAX_SAMPLES = 1024  # rows of one batch
 DEFAULT_NEW_TOKENS = 100
+SOURCES = [["--model", "--prompt"], ["--model", "--prompt-file"], ["--model", "-"], ["--random", "--prompt-tokens"]]
 # keys of generation_config.json that change what is generated and that nothing here can honour, unless they are idle
 UNSUPPORTED = {"repetition_penalty": 1.0, "encoder_no_repeat_ngram_size": 0, "bad_words_ids": None, "typical_p": 1.0,
                "forced_decoder_ids": None, "stop_strings": None, "exponential_decay_length_penalty": None,
@@ -101,14 +102,13 @@ def check(args):
     """Raise UserError on arguments that do not go together."""
     if args.stdin not in (None, "-"):  # not argparse's `choices`, which would not name an unknown flag before it
         raise UserError(f"{args.stdin!r:.60} is no argument: - stands for standard input, a text goes behind --prompt")
-    if (args.model is None) == (args.random is None):
-        raise UserError("give a model: --model DIR_OR_NAME (for bench.py that, or --random CONFIG)")
-    prompts = [args.prompt, args.prompt_file, args.stdin, args.prompt_tokens]
-    if sum(p is not None for p in prompts) != 1:
-        raise UserError("give one prompt: --prompt TEXT, --prompt-file PATH, or - (standard input); a random model has "
-                        "no tokenizer and takes --prompt-tokens N")
-    if (args.prompt_tokens is None) != (args.random is None):
-        raise UserError("--random has no tokenizer: give --prompt-tokens N, and give that with --random only")
+    flags = {"model": "--model", "random": "--random", "prompt": "--prompt", "prompt_file": "--prompt-file",
+             "stdin": "-", "prompt_tokens": "--prompt-tokens"}
+    given = [flag for name, flag in flags.items() if getattr(args, name) is not None]
+    if given not in SOURCES:
+        raise UserError(f"{' and '.join(given) or 'nothing'} given: give --model DIR_OR_NAME and one prompt, which is "
+                        f"--prompt TEXT, --prompt-file PATH or - (standard input); or, to bench.py, --random CONFIG "
+                        f"and --prompt-tokens N")
     if args.prompt_tokens is not None and args.prompt_tokens < 1:
         raise UserError(f"--prompt-tokens {args.prompt_tokens} must be at least 1")
     if not 1 <= args.num_samples <= MAX_SAMPLES:
@@ -162,13 +162,6 @@ def read_prompt(args, model, tokenizer):
     if not ids:
         raise UserError("the prompt is empty: give at least one character to continue")
     return text, ids
-
-
-def decode(what, data):
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{what} is not UTF-8 at byte {error.start}: convert it first") from None
 
 
 def publishers_rules(args, model, tokenizer, published, n_prompt):

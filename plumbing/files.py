@@ -9,6 +9,7 @@ import json
 import os
 import stat
 import urllib.request
+from collections import Counter
 from http.client import HTTPException
 from pathlib import Path
 
@@ -35,23 +36,25 @@ def read_bytes(path, max_bytes=MAX_BYTES):
 
 def read_text(path, max_bytes=MAX_BYTES):
     """The text of a UTF-8 file, its line ends as they are."""
-    data = read_bytes(path, max_bytes)
+    return decode(path, read_bytes(path, max_bytes))
+
+
+def decode(what, data):
+    """The text of UTF-8 bytes, of which `what` says where they come from."""
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8: byte {data[error.start]:#04x} at offset {error.start:,}; "
+        raise UserError(f"{what} is not UTF-8: byte {data[error.start]:#04x} at offset {error.start:,}; "
                         f"convert it first") from None
 
 
 def read_json(path, max_bytes=MAX_BYTES):
     """The object (a dict) in a JSON file. A key given twice is refused: readers disagree on which counts."""
     def unique(pairs):
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = next(key for key in keys if keys.count(key) > 1)
+        if len(dict(pairs)) < len(pairs):
+            twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
             raise UserError(f"{path} holds the key {twice!a} twice; keep one")
-        return found
+        return dict(pairs)
 
     try:
         value = json.loads(read_text(path, max_bytes), object_pairs_hook=unique)
@@ -70,23 +73,23 @@ def write_json(path, value):
     Path(path).write_text(json.dumps(value, indent=1) + "\n")
 
 
-def fetch(url, sha256, path, remedy, seconds=10):
+def fetch(url, sha256, path, remedy):
     """The bytes behind `url`, kept at `path` between calls and believed only if their sha256 is right.
 
-    `remedy` ends the sentence of the UserError that an offline machine gets; `seconds` is how long a silent
-    network may keep us waiting.
+    `remedy` ends the sentence of the UserError that an offline machine gets.
     """
+    def right(data):
+        return hashlib.sha256(data).hexdigest() == sha256
+
     path = Path(path)
-    if path.is_file():
-        data = read_bytes(path)
-        if hashlib.sha256(data).hexdigest() == sha256:
-            return data
+    if path.is_file() and right(data := read_bytes(path)):
+        return data
     try:
-        with urllib.request.urlopen(url, timeout=seconds) as reply:
+        with urllib.request.urlopen(url, timeout=10) as reply:
             data = reply.read(MAX_BYTES)
     except (OSError, ValueError, HTTPException) as error:
         raise UserError(f"cannot download {url} ({error}); {remedy}") from None
-    if hashlib.sha256(data).hexdigest() != sha256:
+    if not right(data):
         raise UserError(f"{url} answered with other bytes than the known ones (sha256 differs); {remedy}")
     try:  # written beside and renamed: a reader sees the whole file or none
         path.parent.mkdir(parents=True, exist_ok=True)

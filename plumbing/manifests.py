@@ -17,9 +17,17 @@ MANIFEST = "manifest.json"
 STEP = re.compile(r"step-(\d+)(-replaced)?$")
 
 
+def facts(path):
+    """The size and the sha256 of a regular file, as a dict; None if it is not there or something else, a link too."""
+    if not (os.path.lexists(path) and stat.S_ISREG(path.lstat().st_mode)):
+        return None
+    with open(path, "rb") as file:
+        return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
 def describe(directory):
     """What the manifest of these files says, as a dict."""
-    return {"files": {path.name: {"size": path.stat().st_size, "sha256": sha256(path)} for path in directory.iterdir()}}
+    return {"files": {path.name: facts(path) for path in directory.iterdir()}}
 
 
 def checkpoints(run_dir):
@@ -49,27 +57,13 @@ def newest(run_dir):
 
 
 def verify(path):
-    """Raise UserError unless every file of a checkpoint is there, a plain file, and has its size and sha256."""
-    def check(good, what):
-        if not good:
-            raise UserError(f"{what}; the checkpoint is damaged or was changed, use another one")
-
-    def plain(file):
-        return os.path.lexists(file) and stat.S_ISREG(file.lstat().st_mode)
-
-    check(not path.is_symlink() and path.is_dir(), f"{path} is not a folder")
-    check(plain(path / MANIFEST), f"{path} has no manifest.json")
-    files = read_json(path / MANIFEST).get("files")
-    check(isinstance(files, dict) and "model.safetensors" in files, f"{path}/manifest.json lists no files")
-    for name, facts in files.items():
-        check(Path(name).name == name and isinstance(facts, dict), f"{path}/manifest.json names {name!a:.80}")
-        check(plain(path / name), f"{path / name} is not there as a regular file")
-        size = (path / name).stat().st_size
-        check(size == facts.get("size"), f"{path / name} has {size} bytes instead of {facts.get('size')}")
-    for name, facts in files.items():
-        check(sha256(path / name) == facts.get("sha256"), f"{path / name} has another sha256 than its manifest says")
-
-
-def sha256(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """Raise UserError unless a checkpoint is a folder with a manifest, and every file is as that says."""
+    whole = not path.is_symlink() and facts(path / MANIFEST) is not None
+    files = read_json(path / MANIFEST).get("files") if whole else None
+    if not isinstance(files, dict) or "model.safetensors" not in files:
+        raise UserError(f"{path} is no folder with a {MANIFEST} that lists its files; use another checkpoint")
+    for name, said in files.items():
+        found = facts(path / name) if Path(name).name == name else None
+        if found is None or found != said:
+            raise UserError(f"{path}: {name!a:.80} is {found or 'not there as a regular file'}, and the manifest says "
+                            f"{said!a:.120}; the checkpoint is damaged or was changed, use another one")

@@ -93,8 +93,8 @@ def count_parameters(config):
         base = size()
         return base + sum((getattr(config, name) - 1) * (size(**{name: 2}) - base) for name in depths)
     except (RuntimeError, OverflowError):  # so many numbers that their number is none
-        raise UserError(f"n_embd={config.n_embd}, vocab_size={config.vocab_size} and block_size={config.block_size} make "
-                        f"matrices larger than any memory: choose smaller ones") from None
+        raise UserError(f"n_embd={config.n_embd}, vocab_size={config.vocab_size} and block_size={config.block_size} "
+                        f"make matrices larger than any memory: choose smaller ones") from None
 
 
 def check_memory(what, config, bytes_each, device):

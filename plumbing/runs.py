@@ -77,7 +77,8 @@ class Run:
     def save(self, step, model, optimizers, val_loss=None):
         """Save a checkpoint and only then say so."""
         self.val_loss = val_loss
-        path = save_checkpoint(self.out, step, model, self.tokenizer, optimizers, self.described | {"val_loss": val_loss})
+        extra = self.described | {"val_loss": val_loss}
+        path = save_checkpoint(self.out, step, model, self.tokenizer, optimizers, extra)
         tqdm.write(f"step {step}: saved {path}" + ("" if val_loss is None else f", held-out loss {val_loss:.4f}"))
         sys.stdout.flush()
 

@@ -152,19 +152,13 @@ class CharTokenizer(Tokenizer):
                             f"the training text; leave it out, or train a bpe, which knows all") from None
 
     def save(self, directory):
-        frame = None
-        if self.seq2seq:
-            bos, text, eos = ({kind: {"id": name, "type_id": 0}} for kind, name in (
-                ("SpecialToken", "<s>"), ("Sequence", "A"), ("SpecialToken", "</s>")))
-            frame = {"type": "TemplateProcessing", "single": [bos, text, eos], "pair": [bos, text, eos],
-                     "special_tokens": {name: {"id": name, "ids": [self.specials[name]], "tokens": [name]}
-                                        for name in ("<s>", "</s>")}}
+        frame = {"type": "BertProcessing", "cls": ["<s>", self.bos_id], "sep": ["</s>", self.eos_id]}
         no = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
         added = [{"id": id, "content": name, **no, "special": True} for name, id in self.specials.items()]
         split = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False}
         write_json(Path(directory, "tokenizer.json"), {
             "version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None,
-            "pre_tokenizer": split, "post_processor": frame, "decoder": {"type": "Fuse"},
+            "pre_tokenizer": split, "post_processor": frame if self.seq2seq else None, "decoder": {"type": "Fuse"},
             "model": {"type": "WordLevel", "vocab": self.specials | self.ids, "unk_token": "<unk>"}})
         self.save_config(directory, tokenizer_class="PreTrainedTokenizerFast")
 

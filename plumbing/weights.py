@@ -80,52 +80,47 @@ BART_TABLE = {
 TIED = ["encoder_wte.weight", "lm_head.weight"]  # where the config ties, these are wte.weight, stored as `shared`
 DEPTH = {"h": "n_layer", "encoder": "n_encoder_layer", "decoder": "n_decoder_layer"}  # how many layers a * counts
 
-# config.json: our field -> their names, which must all say the same. `silent` is what Hugging Face assumes where the
-# file says nothing (a field without an entry must be there); `fixed` is what the architecture is, the first value
-# being the one we write.
+# config.json: our field -> what Hugging Face assumes where the file says nothing (for None, where the field cannot be
+# None, it must say something), and their names, which must all say the same. `fixed` is what the architecture is, the
+# first value being the one we write.
 GPT_FIELDS = {
-    "n_layer": ["n_layer"], "n_head": ["n_head"], "n_kv_head": ["n_kv_head"], "n_embd": ["n_embd"],
-    "n_inner": ["n_inner"], "vocab_size": ["vocab_size"], "block_size": ["n_positions"],
-    "embd_pdrop": ["embd_pdrop"], "attn_pdrop": ["attn_pdrop"], "resid_pdrop": ["resid_pdrop"],
-    "layer_norm_eps": ["layer_norm_epsilon"], "tie_weights": ["tie_word_embeddings"], "eos_id": ["eos_token_id"],
+    "n_layer": (None, "n_layer"), "n_head": (None, "n_head"), "n_kv_head": (None, "n_kv_head"),
+    "n_embd": (None, "n_embd"), "n_inner": (None, "n_inner"), "vocab_size": (None, "vocab_size"),
+    "block_size": (None, "n_positions"), "embd_pdrop": (0.1, "embd_pdrop"), "attn_pdrop": (0.1, "attn_pdrop"),
+    "resid_pdrop": (0.1, "resid_pdrop"), "layer_norm_eps": (1e-5, "layer_norm_epsilon"),
+    "tie_weights": (True, "tie_word_embeddings"), "eos_id": (50256, "eos_token_id"),
 }
-GPT_SILENT = dict(n_kv_head=None, n_inner=None, embd_pdrop=0.1, attn_pdrop=0.1, resid_pdrop=0.1, layer_norm_eps=1e-5,
-                  tie_weights=True, eos_id=50256)
 GPT_FIXED = dict(activation_function=("gelu_new", "gelu_pytorch_tanh"), scale_attn_weights=(True,),
                  scale_attn_by_inverse_layer_idx=(False,), reorder_and_upcast_attn=(False,),
                  add_cross_attention=(False,))
 BART_FIELDS = {
-    "n_encoder_layer": ["encoder_layers"], "n_decoder_layer": ["decoder_layers"],
-    "n_head": ["encoder_attention_heads", "decoder_attention_heads"], "n_kv_head": ["n_kv_head"],
-    "n_embd": ["d_model"], "n_inner": ["encoder_ffn_dim", "decoder_ffn_dim"], "vocab_size": ["vocab_size"],
-    "block_size": ["max_position_embeddings"], "embd_pdrop": ["embd_pdrop"], "attn_pdrop": ["attention_dropout"],
-    "resid_pdrop": ["dropout"], "layer_norm_eps": ["layer_norm_epsilon"], "scale_embedding": ["scale_embedding"],
-    "tie_weights": ["tie_word_embeddings"], "bos_id": ["bos_token_id"], "pad_id": ["pad_token_id"],
-    "eos_id": ["eos_token_id"], "start_id": ["decoder_start_token_id"],
+    "n_encoder_layer": (None, "encoder_layers"), "n_decoder_layer": (None, "decoder_layers"),
+    "n_head": (None, "encoder_attention_heads", "decoder_attention_heads"), "n_kv_head": (None, "n_kv_head"),
+    "n_embd": (None, "d_model"), "n_inner": (None, "encoder_ffn_dim", "decoder_ffn_dim"),
+    "vocab_size": (None, "vocab_size"), "block_size": (None, "max_position_embeddings"),
+    "embd_pdrop": (None, "embd_pdrop"), "attn_pdrop": (0.0, "attention_dropout"), "resid_pdrop": (0.1, "dropout"),
+    "layer_norm_eps": (1e-5, "layer_norm_epsilon"), "scale_embedding": (False, "scale_embedding"),
+    "tie_weights": (True, "tie_word_embeddings"), "bos_id": (0, "bos_token_id"), "pad_id": (1, "pad_token_id"),
+    "eos_id": (2, "eos_token_id"), "start_id": (2, "decoder_start_token_id"),
 }
-BART_SILENT = dict(n_kv_head=None, attn_pdrop=0.0, resid_pdrop=0.1, layer_norm_eps=1e-5, scale_embedding=False,
-                   tie_weights=True, bos_id=0, pad_id=1, eos_id=2, start_id=2)
 BART_FIXED = dict(activation_function=("gelu",), normalize_before=(False,), add_final_layer_norm=(False,),
                   normalize_embedding=(True,), is_encoder_decoder=(True,))
 
-# What makes a model our own type: a field of its configuration that says something else than this, or that stands
-# neither here nor among their names above; a part of this name that is something else than this; being a subclass;
+# What makes a model our own type: a field of its configuration that is not among these, or has not the value that it
+# `always` has in theirs; an activation, or a pattern of attention, that prints itself in another way; being a subclass;
 # a tensor that the table has not, or has in another shape, and one that it has and the model has not.
-GPT_SAYS = {"n_kv_head": lambda config: config.n_kv_head in (None, config.n_head)}
-BART_SAYS = GPT_SAYS | {"layer_norm_eps": lambda config: config.layer_norm_eps == 1e-5}
-PATTERNS = ("Causal(", "Everything(")  # how each of their attentions prints itself
-GPT_PARTS = {"act": ("GELU(approximate='tanh')",), "pattern": PATTERNS}
-BART_PARTS = {"act": ("GELU(approximate='none')",), "pattern": PATTERNS}
+PATTERNS = ("Causal(", "Everything(")
 NEUTRAL = {"max_batch_size"}  # fields of how we decode, not of what the model is: never in a file
 
 # `prefix` is what their keys start with, unless they were saved from the model without its head; `shared` is the name
 # of an embedding that is tied. Untied, BART's is still expected in a file, though nobody looks anything up in it.
-Format = namedtuple("Format", "model their_type our_type architecture table prefix shared fields silent fixed says parts")
+Format = namedtuple("Format", "model their_type our_type architecture table prefix shared fields fixed always "
+                              "activation")
 FORMATS = [
     Format(GPT, "gpt2", "mindecode-gpt", "GPT2LMHeadModel", GPT_TABLE, "transformer.", "transformer.wte.weight",
-           GPT_FIELDS, GPT_SILENT, GPT_FIXED, GPT_SAYS, GPT_PARTS),
+           GPT_FIELDS, GPT_FIXED, {}, "GELU(approximate='tanh')"),
     Format(BART, "bart", "mindecode-bart", "BartForConditionalGeneration", BART_TABLE, "model.", "model.shared.weight",
-           BART_FIELDS, BART_SILENT, BART_FIXED, BART_SAYS, BART_PARTS),
+           BART_FIELDS, BART_FIXED, {"layer_norm_eps": 1e-5}, "GELU(approximate='none')"),
 ]
 
 MAX_SIZE = 2**28  # of any number in a config: beyond every model, and products of three of them still fit 64 bits
@@ -181,13 +176,12 @@ def differences(fmt, model):
     """What a model is or has that theirs is not or has not, as phrases: with any of them it is of our own type."""
     config, lines = model.config, published(fmt, model.config)
     found = [] if type(model) is fmt.model else [f"class {type(model).__name__}"]
-    for name in (field.name for field in fields(config)):
-        if not (fmt.says[name](config) if name in fmt.says else name in fmt.fields.keys() | NEUTRAL):
-            found.append(f"{name}={getattr(config, name)}")
-    for name, part in model.named_modules():
-        expected = fmt.parts.get(name.rpartition(".")[2])
-        if expected and not str(part).startswith(expected):
-            found.append(f"{name}={part}")
+    always = {"n_kv_head": config.n_kv_head and config.n_head} | fmt.always  # None, too, is as many as n_head
+    changed = [name for name, value in always.items() if getattr(config, name) != value]
+    found += [f"{name}={getattr(config, name)}" for name in changed + own_fields(fmt, config)]
+    parts = {"act": fmt.activation, "pattern": PATTERNS}
+    found += [f"{name}={part}" for name, part in model.named_modules()
+              if not str(part).startswith(parts.get(name.rpartition(".")[2], ""))]
     shapes = {ours[0]: tuple(x.shape) for ours, x, *_ in entries(fmt, model)}
     found += [f"{name} {shape}" for name, shape in shapes.items() if name not in lines or shape != lines[name][2]]
     found += [f"no {name}" for name in lines if name not in shapes]
@@ -215,7 +209,8 @@ def read_config(directory):
     own = raw["model_type"] == fmt.our_type
     try:
         fmt = fmt._replace(model=saved_class(fmt, raw)) if own else fmt
-        config = read_fields(fmt, raw, own)
+        config = fmt.model.get_default_config()
+        read_fields(fmt, raw, own, config)
         config.validate()
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
@@ -239,50 +234,47 @@ def own_fields(fmt, config):
     return [field.name for field in fields(config) if field.name not in fmt.fields.keys() | NEUTRAL]
 
 
-def read_fields(fmt, raw, own):
-    """A configuration as config.json has it. Raises UserError on wrong types, and on names that do not agree."""
-    config = fmt.model.get_default_config()
-    types = {field.name: field.type for field in fields(config)}
+def read_fields(fmt, raw, own, config):
+    """Set what a config.json tells or, saying nothing, means. Raises UserError on a key of ours that we do not know."""
     raw = {"embd_pdrop": raw.get("dropout", 0.1)} | raw  # BART has one number for both
-    for name, theirs in fmt.fields.items():
-        values = [fmt.silent.get(name) if raw.get(key) is None else raw[key] for key in theirs]
-        values = [configs.checked(key, value, types[name], MAX_SIZE) for key, value in zip(theirs, values)]
-        if len(set(map(repr, values))) > 1:
-            raise UserError(f"{' and '.join(theirs)} differ ({', '.join(map(str, values))}); they must agree")
-        setattr(config, name, values[0])
+    for name, (silent, *theirs) in fmt.fields.items():
+        set_field(config, name, {key: silent if raw.get(key) is None else raw[key] for key in theirs})
     if fmt.their_type == "gpt2" and isinstance(config.eos_id, int) and config.eos_id >= config.vocab_size:
         config.eos_id = None  # GPT-2's default in a file with a smaller vocabulary: an id that can never be produced
-    config.eos_id = one_or_several(config.eos_id)
-    if own:
-        ours = own_fields(fmt, config)
-        for key in raw:  # one that we do not know would be missing in the model
-            configs.known(key[:60], WRITTEN.union(fmt.fixed, ours, *fmt.fields.values()), f"key of {fmt.our_type}")
-        for name in ours:
-            setattr(config, name, configs.checked(name, raw.get(name, getattr(config, name)), types[name], MAX_SIZE))
-    return config
+    ours = own_fields(fmt, config) if own else []
+    keys = WRITTEN.union(fmt.fixed, ours, *(theirs for _, *theirs in fmt.fields.values()))
+    for key in raw if own else []:  # one that we do not know would be missing in the model
+        configs.known(key[:60], keys, f"key of {fmt.our_type}")
+    for name in ours:
+        set_field(config, name, {name: raw.get(name, getattr(config, name))})
 
 
-def one_or_several(ids):
-    """Published models may end in one of several ids. A list of one is that one; validate() finds ids out of range."""
-    if isinstance(ids, list) and (not ids or any(type(i) is not int for i in ids)):
-        raise UserError(f"eos_token_id={ids!a:.60} must be whole numbers, at least one")
-    return ids[0] if isinstance(ids, list) and len(ids) == 1 else ids
+def set_field(config, name, said):
+    """Set a field to what a file says, {key: value}. Raises UserError on a wrong type, or if keys do not agree."""
+    kind = next(field.type for field in fields(config) if field.name == name)
+    values = [configs.checked(key, value, kind, MAX_SIZE) for key, value in said.items()]
+    if len(set(map(repr, values))) > 1:
+        raise UserError(f"{' and '.join(said)} differ ({', '.join(map(str, values))}); they must agree")
+    value = values[0]
+    if name == "eos_id" and isinstance(value, list):  # of several ids; validate() finds those out of range
+        if not value or any(type(i) is not int for i in value):
+            raise UserError(f"eos_token_id={value!a:.60} must be whole numbers, at least one")
+        value = value[0] if len(value) == 1 else value
+    setattr(config, name, value)
 
 
 def read_generation_ids(directory, config):
     """
-    The end and start ids of a generation_config.json, which outrank those of config.json, into a configuration. Raises
-    UserError on ids that the vocabulary has not.
+    Set the end and start ids that a generation_config.json has: they outrank those of config.json. Raises UserError on
+    ids that the vocabulary has not.
     """
     raw = load_generation_config(directory)
-    names = {"eos_token_id": "eos_id", "decoder_start_token_id": "start_id"}
-    for key, name in names.items():
+    for key, name in {"eos_token_id": "eos_id", "decoder_start_token_id": "start_id"}.items():
         value = raw.get(key)
-        if value is None or not hasattr(config, name) or (key, value) == ("eos_token_id", GPT_SILENT["eos_id"]):
+        if value is None or not hasattr(config, name) or (key, value) == ("eos_token_id", GPT_FIELDS["eos_id"][0]):
             continue  # GPT-2's end stands in many files with a smaller vocabulary
         try:
-            kind = next(field.type for field in fields(config) if field.name == name)
-            setattr(config, name, one_or_several(configs.checked(key, value, kind, MAX_SIZE)))
+            set_field(config, name, {key: value})
             config.validate()
         except UserError as error:
             raise UserError(f"{directory / 'generation_config.json'}: {key}={value!a:.60}: {error}") from None
@@ -298,7 +290,7 @@ def write_config(fmt, model):
         more = f" and {len(own) - 4} more" if len(own) > 4 else ""
         raw["comment"] = f"needs minDecode: unlike {fmt.architecture} in {', '.join(own[:4])}{more}"
         raw |= {name: getattr(config, name) for name in own_fields(fmt, config)}
-    raw |= {key: getattr(config, name) for name, theirs in fmt.fields.items() for key in theirs}
+    raw |= {key: getattr(config, name) for name, (_, *theirs) in fmt.fields.items() for key in theirs}
     raw |= {name: values[0] for name, values in fmt.fixed.items()}
     if fmt.their_type == "gpt2":
         first = next(iter(config.end_ids), None)  # one id separates texts
@@ -314,19 +306,14 @@ def write_config(fmt, model):
 def read_headers(directory, fmt, own):
     """
     The headers of all files of a model. Those of strangers may lack a prefix and hold old mask buffers; ours do not.
+    The index that comes with several files is not asked: which tensors are there, and that none is missing, they tell.
     """
     paths = [directory / "model.safetensors"]
-    index = directory / "model.safetensors.index.json"
     if not os.path.lexists(paths[0]):
-        if not os.path.lexists(index):
-            raise UserError(f"{directory} has no model.safetensors, and other weights, such as pickled .bin files, can "
-                            f"run code and are not read: convert them with transformers' save_pretrained")
-        names = read_json(index).get("weight_map")
-        names = set(names.values()) if isinstance(names, dict) and all(
-            isinstance(n, str) and n.endswith(".safetensors") and Path(n).name == n for n in names.values()) else ()
-        if not names:
-            raise UserError(f"{index}: weight_map must map tensors to safetensors files of the same directory")
-        paths = [directory / name for name in sorted(names)]
+        paths = sorted(directory.glob("*-of-*.safetensors"))
+    if not paths:
+        raise UserError(f"{directory} has no model.safetensors, and other weights, such as pickled .bin files, can "
+                        f"run code and are not read: convert them with transformers' save_pretrained")
     stored = {}
     for path in paths:
         for name, entry in read_header(path).items():
@@ -358,20 +345,18 @@ def settle_embeddings(fmt, config, stored):
 
 def compare(directory, stored, expected):
     """Raise one UserError that lists all that a file lacks, has too much, or has in another form than {name: shape}."""
-    def some(what, names):
-        names = sorted(names)
-        more = f", ... {len(names) - 4} more" if len(names) > 4 else ""
-        return [f"{what} {', '.join(name[:160] for name in names[:4])}{more}"] if names else []
-
     both = stored.keys() & expected.keys()
-    odd = [f"{name} {stored[name].dtype}" for name in both if stored[name].dtype not in DTYPES]
-    wrong = [f"{name} {stored[name].shape} instead of {expected[name]}" for name in both
-             if expected[name] not in (None, stored[name].shape)]
-    faults = (some("missing", expected.keys() - stored.keys() - {OPTIONAL})
-              + some("unexpected", stored.keys() - expected.keys())
-              + some(f"not {'/'.join(DTYPES)}", odd) + some("of another shape", wrong))
-    if faults:
-        raise UserError(f"{directory}: the weights do not fit config.json: {'; '.join(faults)}")
+    faults = {
+        "missing": expected.keys() - stored.keys() - {OPTIONAL},
+        "unexpected": stored.keys() - expected.keys(),
+        f"not {'/'.join(DTYPES)}": [f"{name} {stored[name].dtype}" for name in both
+                                    if stored[name].dtype not in DTYPES],
+        "of another shape": [f"{name} {stored[name].shape} instead of {expected[name]}" for name in both
+                             if expected[name] not in (None, stored[name].shape)]}
+    told = [f"{what} {', '.join(name[:160] for name in sorted(names)[:4])}"
+            + (f", ... {len(names) - 4} more" if len(names) > 4 else "") for what, names in faults.items() if names]
+    if told:
+        raise UserError(f"{directory}: the weights do not fit config.json: {'; '.join(told)}")
 
 
 class Uninitialised(TorchFunctionMode):

@@ -171,7 +171,7 @@ def test_a_prompt_that_is_not_unicode_is_refused(places):
         assert_refused(call(generate.main, "--model", places["gpt"], *args))
     outcome = call(generate.main, "--model", places["gpt"], "-", stdin=b"caf\xe9 and more")
     assert_refused(outcome)
-    assert "byte 3" in outcome.err
+    assert "offset 3" in outcome.err
     assert_refused(call(generate.main, "--model", places["gpt"], "-", stdin=b""))
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import random
+import shutil
 import struct
 import subprocess
 import sys
@@ -572,6 +573,17 @@ def index(tiny, weight_map):
     (tiny / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
+def shards(*names):
+    """Put the tensors, in turns, into files of these names; one that is None is lost."""
+    def change(tiny):
+        tensors = load_file(tiny / "model.safetensors")
+        (tiny / "model.safetensors").unlink()
+        for i, name in enumerate(names):
+            if name:
+                save_file({key: tensors[key] for key in sorted(tensors)[i::len(names)]}, tiny / f"{name}.safetensors")
+    return change
+
+
 def shape_changed(t):
     t["transformer.ln_f.bias"] = torch.zeros(3)
 
@@ -636,6 +648,9 @@ HOSTILE = {
     "an index to elsewhere": lambda d: index(d, {"a": "../tiny/a.safetensors"}),
     "an index that is a list": lambda d: index(d, ["a.safetensors"]),
     "an index to a file that is not there": lambda d: index(d, {"a": "b.safetensors"}),
+    "a shard that is not there": shards("model-00001-of-00002", None),
+    "shards of two models": lambda d: (shutil.copy(d / "model.safetensors", d / "old-00001-of-00001.safetensors"),
+                                       shards("model-00001-of-00002", "model-00002-of-00002")(d)),
 }
 
 
@@ -647,6 +662,13 @@ def test_a_hostile_directory_is_refused_in_one_line(what, tiny):
     assert "\n" not in str(refused.value) and str(tiny) in str(refused.value)
     assert len(str(refused.value).replace(str(tiny), "")) < 500
     assert not (tiny / "ran").exists()
+
+
+def test_shards_need_no_index_and_may_have_any_name_that_counts_them(tiny):
+    before = load_pretrained(tiny)[0].state_dict()
+    shards("weights-1-of-3", "weights-2-of-3", "weights-3-of-3")(tiny)
+    after = load_pretrained(tiny)[0].state_dict()
+    assert all(torch.equal(x, after[name]) for name, x in before.items())
 
 
 def test_all_keys_that_do_not_fit_are_listed_together(tiny):
