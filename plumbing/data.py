@@ -253,11 +253,14 @@ def addition(rng, config, held_out):
 
 def dates(rng, config, held_out):
     day = date(1900, 1, 1) + timedelta(days=rng.randrange(200 * 365))
-    form = rng.choice(("{0:%a} {0.day} {0:%B} {0.year}", "{0.day} {0:%b} {0.year}", "{0:%B} {0.day}, {0.year}",
-                       "{0.day}.{0.month}.{0.year}"))
-    return form.format(day), day.isoformat()
+    week, month = WEEK[day.weekday()], MONTHS[day.month - 1]
+    form = rng.choice(("{week} {d} {month} {y}", "{d} {mon} {y}", "{month} {d}, {y}", "{d}.{m}.{y}"))
+    text = form.format(week=week, d=day.day, m=day.month, y=day.year, month=month, mon=month[:3])
+    return text, day.isoformat()
 
 
+WEEK = "Mon Tue Wed Thu Fri Sat Sun".split()
+MONTHS = "January February March April May June July August September October November December".split()
 DRAWN = {"headline": headlines.pair, "reverse": reverse, "sort": sort, "addition": addition, "dates": dates}
 TASKS = (*DRAWN, "docstrings")
 
