@@ -270,8 +270,8 @@ def read_generation_ids(directory, config):
     """
     raw = load_generation_config(directory)
     for key, name in {"eos_token_id": "eos_id", "decoder_start_token_id": "start_id"}.items():
-        value = raw.get(key)
-        if value is None or not hasattr(config, name) or (key, value) == ("eos_token_id", GPT_FIELDS["eos_id"][0]):
+        value, silent = raw.get(key), GPT_FIELDS["eos_id"][0]
+        if value is None or not hasattr(config, name) or value == silent >= config.vocab_size:
             continue  # GPT-2's end stands in many files with a smaller vocabulary
         try:
             set_field(config, name, {key: value})

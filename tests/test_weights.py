@@ -464,6 +464,19 @@ def test_a_text_may_end_in_one_of_several_ids(given, means, tiny):
     assert load_generation_config(tiny)["bos_token_id"] == (3 if means else None)
 
 
+@pytest.mark.parametrize("given, means", [(5, 5), ([5], 5), ([5, 6], [5, 6]), (50256, 3), (None, 3)])
+def test_the_end_of_a_generation_config_outranks_that_of_the_config(given, means, tiny):
+    config(tiny, eos_token_id=3)
+    (tiny / "generation_config.json").write_text(json.dumps({"eos_token_id": given}))
+    assert load_pretrained(tiny)[0].config.eos_id == means
+
+
+def test_gpt_2s_end_counts_where_the_vocabulary_has_it(tmp_path):
+    save_pretrained(tmp_path, GPT(core.GPTConfig(n_layer=1, n_head=1, n_embd=2, vocab_size=50258, block_size=4, eos_id=50257)))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": 50256}))
+    assert load_pretrained(tmp_path)[0].config.eos_id == 50256
+
+
 @pytest.mark.parametrize("given", [[], [3, 99], [3, -1], [3, "4"], [True, 3], [[3], 4], "3"])
 def test_ends_that_no_model_can_produce_are_refused(given, tiny):
     config(tiny, eos_token_id=given)
