@@ -7,9 +7,10 @@ Measure what the README claims, on your machine.
     python bench.py report --model out/bart-headline --prompt-file article.txt --output page.html
     python bench.py load --random gpt2-xl --dtype bfloat16 --device cuda
 
-compare runs every strategy on the same input: do they write the same, and what does each cost? trace prints the shape of
-every matrix product, which are fixed and which grow. report writes a page that shows the decoding step by step. load
-says how long load_pretrained takes beside merely reading the file, and how much memory. All decode greedily.
+compare runs every strategy on the same input: do they write the same, what does each cost, and where they differ, is it
+rounding or a bug, and where? It exits with 1 where there is a bug. trace prints the shape of every matrix product, which
+are fixed and which grow. report writes a page that shows the decoding step by step. load says how long load_pretrained
+takes beside merely reading the file, and how much memory. All decode greedily.
 """
 
 import json
@@ -20,12 +21,13 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from statistics import mean, median
+from statistics import median
 
 import torch
 
-from cost import FORMULAS, attention_weights, count, hooks, matrix, predict, rows_through
-from generate import generate, strategies, stream
+from compare import compare
+from cost import attention_weights, count, matrix
+from generate import generate, strategies
 from plumbing import cli, report
 from plumbing.errors import Parser, UserError, run
 from plumbing.models import PRESETS, count_parameters, preset_config, random_model
@@ -36,88 +38,18 @@ from plumbing.weights import load_pretrained, save_pretrained
 # compare
 
 
-def measure(model, run):
-    """Count a run to its end: its Cost, the ids of B rows, and per step logits {row: (V,)} and seconds."""
-    ids, logits, seconds = [], [], []
-    head = lambda module, args, out: logits.append(out.detach().float().cpu().flatten(0, -2))  # (rows that are left, V)
-    with count(model) as cost, hooks([model.lm_head.register_forward_hook(head)]):
-        start = time.perf_counter()
-        for found in run():
-            seconds.append(time.perf_counter() - start)
-            start += seconds[-1]
-            logits[-1] = dict(zip((r for r, new in enumerate(found) if new), logits[-1]))
-            ids = [row + new for row, new in zip(ids or [[] for _ in found], found)]
-    return cost, ids, logits, seconds
-
-
-def first_difference(ids, logits, other_ids, other_logits):
-    """
-    How far another run is from the first: (largest logit difference, None or the first step where the tokens differ).
-    Each row counts up to its own first difference, since after that the two continue different texts. `gap` is how
-    much the first run's logits prefer its token over the other's: of the size of the logit difference, it is rounding.
-    """
-    largest, found = 0.0, []
-    for row, pairs in enumerate(map(zip, ids, other_ids)):
-        for k, (ours, theirs) in enumerate(pairs):
-            largest = max(largest, (logits[k][row] - other_logits[k][row]).abs().max().item())
-            if ours != theirs:
-                gap = (logits[k][row][ours] - logits[k][row][theirs]).item()
-                found.append(dict(step=k + 1, row=row, tokens=[ours, theirs], gap=gap))
-                break
-    return largest, min(found, key=lambda one: one["step"], default=None)
-
-
-def compare(model, runs, N):
-    """
-    Run every strategy on the same input, greedily, and put the counts, times and outputs beside each other.
-
-    runs: strategy -> a function without arguments that starts it and returns its steps, each B lists of new ids; the
-    first is the reference. N: length of the longest source (BART) or prompt (GPT), to which the batch is padded; closed
-    forms hold where all are as long, or none ends before the others. One of your own has none, and shows 0.
-    The counting hooks are in the timed runs: they cost microseconds, where a second run would cost the naive minutes.
-    Returns a dict for JSON: N, M, batch_size, identical, exact (counts = closed forms), verdict, and `strategies`, a
-    list of dicts. Logits of all steps are kept while it runs: 8 bytes x M x batch_size x vocab_size.
-    """
-    reference, outcomes = None, []
-    next(iter(next(iter(runs.values()))()))  # a first step: what the first call of a process sets up is nobody's cost
-    for name, start in runs.items():
-        cost, ids, logits, seconds = measure(model, start)
-        reference = reference or (ids, logits, sum(seconds))
-        difference, first = first_difference(*reference[:2], ids, logits)
-        closed = [predict(model.config, name, N, len(row)) for row in ids if name in FORMULAS]  # rows leave when they end
-        outcomes.append(dict(
-            strategy=name, identical=first is None, first_difference=first, logit_difference=difference,
-            encoder_tokens=cost.encoder_tokens, decoder_tokens=cost.decoder_tokens,
-            closed_form=[sum(c[f"{stack}_tokens"] for c in closed) for stack in ("encoder", "decoder")],
-            linear_rows=rows_through(cost.linear_rows),
-            linear_flops=cost.flops("GEMM"), attention_flops=cost.flops("BGEMM"),
-            self_cache_bytes=cost.cache_bytes("self"), cross_cache_bytes=cost.cache_bytes("cross"),
-            seconds=sum(seconds), first_seconds=seconds[0], token_seconds=mean(seconds[1:]) if seconds[1:] else None,
-            speed=reference[2] / sum(seconds),
-            steps=[[cost.encoder[k + 1], cost.decoder[k + 1], s] for k, s in enumerate(seconds)], ids=ids))
-    identical = all(s["identical"] for s in outcomes)
-    exact = all([s["encoder_tokens"], s["decoder_tokens"]] == s["closed_form"] for s in outcomes
-                if s["strategy"] in FORMULAS)
-    verdict = (f"{'identical' if identical else 'DIFFERENT'} tokens; "
-               f"counts {'equal' if exact else 'DIFFER from'} the closed forms")
-    return dict(N=N, M=max(map(len, reference[0])), batch_size=len(reference[0]), identical=identical, exact=exact,
-                verdict=verdict, strategies=outcomes)
-
-
 def compare_request(request):
     """compare() of every strategy that the model has on a cli.Request."""
-    runs = {name: lambda name=name: stream(request.model, *request.batch(), **request.options, strategy=name)
-            for name in strategies(request.model)}
-    return compare(request.model, runs, len(request.ids))
+    return compare(request.model, strategies(request.model), *request.batch(), **request.options)
 
 
 def print_comparison(request, args):
     result = compare_request(request)
-    if request.json:
-        return print(json.dumps(result))
-    for done in result["strategies"] if request.tokenizer else []:
+    for done in result["strategies"] if request.tokenizer and not request.json else []:
         print(f"--- {done['strategy']}\n{request.shown}{request.tokenizer.decode(done['ids'][0])}\n")
-    print(report.comparison_table(result))
+    print(json.dumps(result) if request.json else report.comparison_table(result))
+    if result["bug"]:
+        sys.exit(1)
 
 
 # -----------------------------------------------------------------------------

@@ -42,12 +42,11 @@ def hooks(handles):
 
 
 def watch(model, see):
-    """Have see(name, pattern, q, k, query_pos, key_pos) called before every attention of the model. Returns hooks."""
+    """Have see(name, pattern, q, k, v, query_pos, key_pos, out) called after every attention of a model. Returns hooks."""
     def hook(name):
-        return lambda module, args: see(name, module, args[0], args[1], *args[3:])
+        return lambda module, args, out: see(name, module, *args, out)
 
-    return [module.register_forward_pre_hook(hook(name)) for name, module in model.named_modules()
-            if name.endswith(".pattern")]
+    return [module.register_forward_hook(hook(name)) for name, module in model.named_modules() if name.endswith(".pattern")]
 
 
 def layer_and_role(name):
@@ -112,7 +111,7 @@ class Cost:
         self.encoder, self.decoder, self.caches = Counter(), Counter(), {}
         self.products = []  # tuples, for speed: dicts are made when somebody asks
 
-    def attended(self, name, pattern, q, k, query_pos, key_pos):
+    def attended(self, name, pattern, q, k, *rest):
         self.products.append((*self.at, name, q.shape, k.shape))
 
     @property
@@ -264,7 +263,7 @@ def attention_weights(model):
     """
     weights = {"self": [[] for _ in model.decoder_layers()], "cross": [[] for _ in model.decoder_layers()]}
 
-    def see(name, pattern, q, k, query_pos, key_pos):
+    def see(name, pattern, q, k, v, query_pos, key_pos, out):
         if not name.startswith("encoder"):
             layer, attention = layer_and_role(name)
             units = torch.eye(k.size(2), dtype=k.dtype, device=k.device).expand(*k.shape[:3], -1)

@@ -184,7 +184,8 @@ def stream(model, prompts, max_new_tokens, *, strategy="cached", decoder_prompts
     generate(), one step at a time: an iterator of B lists of new ids, empty for a row that has ended. Whatever is wrong
     with the request is found out here, before anything is computed.
     """
-    if strategy not in strategies(model):
+    make = strategy if callable(strategy) else strategies(model).get(strategy)
+    if make is None:
         raise UserError(f"strategy={strategy!r} is not one of those this model has: {', '.join(strategies(model))}")
     sources, rows = prepare(model, prompts, max_new_tokens, decoder_prompts)
     ends = [] if ignore_eos else model.config.end_ids
@@ -194,7 +195,7 @@ def stream(model, prompts, max_new_tokens, *, strategy="cached", decoder_prompts
     choose = Chooser(Choice(**choice), model.wte.weight.device, ends, limits)
     if not rows:
         return iter(())
-    step = strategies(model)[strategy](model, sources, len(rows), max(limits), choose)
+    step = make(model, sources, len(rows), max(limits), choose)
     return loop(step, rows, limits, lambda r, row: row[-1] in ends)
 
 
@@ -204,7 +205,7 @@ def generate(model, prompts, max_new_tokens, *, strategy="cached", decoder_promp
 
     prompts: B lists of ids, of any lengths: texts to continue for GPT, sources for BART (whose decoder starts from
     config.start_id, then the row of decoder_prompts, if given). strategy: see the top of this file; all give the same
-    tokens. ignore_eos: go on to max_new_tokens in every row. The rest are fields of Choice: temperature=0.0
+    tokens; a function that makes a step will do as well. ignore_eos: go on to max_new_tokens in every row. The rest are fields of Choice: temperature=0.0
     (greedy), top_k, top_p, min_p, seed and so on.
 
     The model may be in train mode and in use elsewhere, in other threads too: nothing of a decoding is kept on it, and

@@ -10,7 +10,7 @@ from plumbing.errors import Parser, UserError
 from plumbing.files import decode, read_text
 from plumbing.models import random_model
 from plumbing.tokenizers import StreamDecoder, Tokenizer
-from plumbing.utils import DTYPES, pick_device
+from plumbing.utils import DTYPES, pick_device, set_seed
 from plumbing.weights import load_generation_config, load_pretrained
 
 MAX_PROMPT = 2**24  # bytes
@@ -135,6 +135,7 @@ def load(args):
     """The model in eval mode, its tokenizer (None if it is random), and its generation_config.json as a dict."""
     device, dtype = pick_device(args.device), DTYPES.get(args.dtype)
     if args.random:
+        set_seed(args.seed or 0)
         return random_model(args.random, dtype or torch.float32, device), None, {}
     model, tokenizer = load_pretrained(args.model, dtype, device)
     if tokenizer is None:

@@ -62,6 +62,9 @@ def random_model(name, dtype, device):
     """
     An untrained model of any size, in eval mode: name is a preset ("bart-large") or a configuration file with a
     [model] table. Raises UserError, before anything is allocated, if its weights do not fit the memory.
+
+    With the weights that training starts from, a post-norm model with tied embeddings repeats one token for ever, and
+    many a bug would go unseen. These make attention choosy, so that what is written depends on what was read, and varies.
     """
     if name in PRESETS:
         values = {"type": PRESETS[name][0], "preset": name}
@@ -73,6 +76,12 @@ def random_model(name, dtype, device):
     check_memory(f"{name} in {dtype}", config, dtype.itemsize, device)
     with torch.device(device):
         model = model_class(values)(config)
+        for key, p in model.named_parameters():
+            if p.dim() == 2:  # 1 / sqrt of what it sums up: a matrix then keeps the scale of what it is given
+                std = 0.3 if "wpe" in key else 0.1 if "wte" in key or "lm_head" in key else p.size(1) ** -0.5
+                torch.nn.init.normal_(p, std=std)
+            if key.endswith(("attn.c_attn.weight", "cross.c_q.weight")):
+                p.data[: config.n_embd] *= 10  # the queries: scores far apart
     return model.to(dtype).eval()
 
 

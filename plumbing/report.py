@@ -82,21 +82,36 @@ def shape_table(records, training=()):
 
 
 def comparison_table(result):
-    """The result of bench.compare() as text."""
-    rows = [["strategy", "tokens", "logits differ", "encoder", "decoder", "total", "closed form", "linear rows",
+    """The result of compare.compare() as text."""
+    rows = [["strategy", "tokens", "logits differ", "verdict", "encoder", "decoder", "total", "closed form", "linear rows",
              "seconds", "first call", "ms/token after", "speed"]]
     for s in result["strategies"]:
         encoder, decoder = s["encoder_tokens"], s["decoder_tokens"]
         counts = encoder, decoder, encoder + decoder, sum(s["closed_form"]), s["linear_rows"]
         later = "-" if s["token_seconds"] is None else f"{1000 * s['token_seconds']:.2f}"
         rows.append([s["strategy"], "same" if s["identical"] else "DIFFER", f"{s['logit_difference']:.1e}",
-                     *(f"{n:,}" for n in counts),
+                     s["finding"]["verdict"], *(f"{n:,}" for n in counts),
                      f"{s['seconds']:.3f}", f"{s['first_seconds']:.3f}", later, f"{s['speed']:.2f}x"])
-    partings = [f"{s['strategy']} differs first at step {d['step']}, row {d['row']}: token {d['tokens'][1]} instead of "
-                f"{d['tokens'][0]}, which leads by {d['gap']:.2e} in the logits\n"
-                for s in result["strategies"] if (d := s["first_difference"])]
-    return (f"N = {result['N']:,}, M = {result['M']:,} decoder calls, batch of {result['batch_size']}\n\n"
-            f"{aligned(rows)}\n\n{''.join(partings)}{result['verdict']}")
+    lines = [f"{s['strategy']}: {told(s)}" for s in result["strategies"] if s["finding"]["verdict"] != "equal"]
+    little = " (so few that equal tokens say little)" if result["distinct"] < min(result["M"], 8) else ""
+    return (f"N = {result['N']:,}, M = {result['M']:,} decoder calls, batch of {result['batch_size']}; "
+            f"{result['distinct']} distinct ids in the text{little}\n\n{aligned(rows)}\n\n" + "\n".join(lines))
+
+
+def told(s):
+    """A finding of compare.judge() as a sentence."""
+    f, first = s["finding"], s["first_difference"]
+    if f["verdict"] == "rounding":
+        falls = "vanishes" if f["falls"] is None else f"falls {f['falls']:.0e} times"
+        text = f"rounding: with the same tokens in fp64 the difference of {f['size']:.1e} {falls}"
+        if f["flips"]:
+            text += (f"; it flips a near tie at step {first['step']}, row {first['row']}, where token {first['tokens'][0]} leads "
+                     f"{first['tokens'][1]} by {first['gap']:.1e} and the logits differ by {first['difference']:.1e}")
+        return text
+    if f["kind"] == "counts":
+        return f"BUG: it computes {s['encoder_tokens']} + {s['decoder_tokens']} tokens, and the closed form is {s['closed_form']}"
+    where = "" if f["layer"] is None else f", layer {f['layer']}, {f['attention']}-attention"
+    return f"BUG, first at step {f['step']}, row {f['row']}{where}: {f['kind']}: {f['note']} (off by {f['size']:.1e} in fp64)"
 
 
 # -----------------------------------------------------------------------------

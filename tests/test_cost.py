@@ -9,7 +9,8 @@ import torch
 from torch.nn.modules.module import Module
 
 from attention import Attention
-from bench import compare, first_difference
+import generate as program
+from compare import compare, first_difference
 from cost import attention_weights, count, linears, matrix, predict, rows_through
 from generate import generate, strategies, stream
 from model import BART, GPT, BARTConfig, GPTConfig
@@ -34,11 +35,6 @@ def counted(model, prompts, M, strategy, **kwargs):
     with count(model) as cost:
         generate(model, prompts, M, strategy=strategy, ignore_eos=True, **kwargs)
     return cost
-
-
-def runs(model, prompts, M):
-    return {name: lambda name=name: stream(model, prompts, M, strategy=name, ignore_eos=True)
-            for name in strategies(model)}
 
 
 # ---- tokens
@@ -232,37 +228,29 @@ def test_another_model_is_not_counted():
 # ---- comparing
 
 
+def compared(model, prompts, M, **options):
+    return compare(model, strategies(model), prompts, M, **options)
+
+
 def test_all_strategies_agree_and_their_counts_are_exact():
     for model, prompts in (tiny_bart(), [[3] * 9, [5] * 4]), (tiny_gpt(), [[3] * 6, [5]]):
-        result = compare(model, runs(model, prompts, 7), max(map(len, prompts)))
-        assert result["identical"] and result["exact"] and result["M"] == 7
-        assert all(s["logit_difference"] < 1e-5 for s in result["strategies"])
+        result = compared(model, prompts, 7, ignore_eos=True)
+        assert not result["bug"] and result["M"] == 7 and result["batch_size"] == 2
+        assert all(s["logit_difference"] < 1e-5 and s["identical"] for s in result["strategies"])
+        assert all([s["encoder_tokens"], s["decoder_tokens"]] == s["closed_form"] for s in result["strategies"])
         assert [s["strategy"] for s in result["strategies"]] == list(strategies(model))
         assert all(s["ids"] == generate(model, prompts, 7, ignore_eos=True) for s in result["strategies"])
+        assert result["distinct"] == max(len(set(row)) for row in result["strategies"][0]["ids"])
         assert json.loads(json.dumps(result)) == result
-        assert comparison_table(result).count(" same ") == len(strategies(model))
+        assert comparison_table(result).count(" same ") == len(strategies(model)) + sum(
+            s["finding"]["verdict"] == "rounding" for s in result["strategies"])  # "the same tokens in fp64"
 
 
-def test_a_strategy_that_differs_is_reported_with_its_first_step_and_gap():
+def test_a_strategy_that_does_more_than_it_should_is_a_bug():
     model = tiny_bart()
-    prompts = [[3] * 9, [5] * 9]
-
-    def wrong():
-        for k, (first, [second]) in enumerate(stream(model, prompts, 6, ignore_eos=True)):
-            yield [first, [(second + (k >= 3)) % 16]]
-
-    result = compare(model, runs(model, prompts, 6) | {"cached": wrong}, 9)
-    first = result["strategies"][2]["first_difference"]
-    assert not result["identical"] and result["strategies"][1]["identical"]
-    assert (first["step"], first["row"]) == (4, 1) and first["gap"] > 0
-    assert "cached differs first at step 4, row 1" in comparison_table(result)
-
-
-def test_a_strategy_that_does_more_than_it_should_is_not_exact():
-    model = tiny_bart()
-    wasteful = {"cached": lambda: stream(model, [[3] * 9], 4, strategy="hoisted", ignore_eos=True)}
-    result = compare(model, wasteful, 9)
-    assert result["identical"] and not result["exact"] and "DIFFER from the closed forms" in result["verdict"]
+    result = compare(model, {"cached": program.hoisted}, [[3] * 9], 4, ignore_eos=True)
+    assert result["bug"] and result["strategies"][0]["finding"]["kind"] == "counts"
+    assert "the closed form is [9, 4]" in comparison_table(result)
 
 
 def test_a_row_that_ended_or_parted_is_compared_no_further():
@@ -272,16 +260,15 @@ def test_a_row_that_ended_or_parted_is_compared_no_further():
     assert first_difference(ids, flat, ids, after_the_end) == (0.5, None)
     other = [[4, 5, 9], [3, 6, 1]]  # row 0 parts at step 2, row 1 at step 1
     wild = [flat[0], flat[1], {0: torch.full((8,), 9.0), 1: torch.full((8,), 9.0)}]
-    assert first_difference(ids, flat, other, wild) == (0, dict(step=1, row=1, tokens=[5, 3], gap=0))
+    parted = dict(step=1, row=1, tokens=[5, 3], gap=0, difference=0)
+    assert first_difference(ids, flat, other, wild) == (0, parted)
+    ended = dict(step=3, row=1, tokens=[7, None], gap=float("inf"), difference=0)
+    assert first_difference(ids, flat, [[4, 2], [5, 6]], flat) == (0, ended)
 
 
-def test_a_strategy_of_ones_own_is_compared_without_a_closed_form(monkeypatch):
-    import generate as program
-    model = tiny_gpt()
-    monkeypatch.setattr(program, "strategies", lambda model: {"naive": program.naive, "mine": program.cached})
-    run = {name: lambda name=name: stream(model, [[3] * 4], 5, strategy=name) for name in ("naive", "mine")}
-    result = compare(model, run, 4)
-    assert result["identical"] and result["exact"] and result["strategies"][1]["closed_form"] == [0, 0]
+def test_a_strategy_of_ones_own_is_compared_without_a_closed_form():
+    result = compare(tiny_gpt(), {"naive": program.naive, "mine": program.cached}, [[3] * 4], 5, ignore_eos=True)
+    assert not result["bug"] and result["strategies"][1]["closed_form"] == [0, 8]
 
 
 def test_rows_that_end_leave_the_counts_exact():
@@ -292,9 +279,8 @@ def test_rows_that_end_leave_the_counts_exact():
         prompts = [[i] * 4 for i in range(3, 9)]
         for eos in generate(model, prompts, 12, ignore_eos=True)[0][2:]:
             model.config.eos_id = eos
-            run = {name: lambda name=name: stream(model, prompts, 12, strategy=name) for name in strategies(model)}
-            result = compare(model, run, 4)
-            assert result["identical"] and result["exact"]
+            result = compared(model, prompts, 12)
+            assert not result["bug"]
             assert all(s["ids"] == generate(model, prompts, 12) for s in result["strategies"])
             lengths |= {tuple(map(len, result["strategies"][0]["ids"]))}
     assert any(len(set(rows)) > 1 for rows in lengths)  # rows ended at different steps

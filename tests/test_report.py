@@ -11,9 +11,9 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from bench import compare
+from compare import compare
 from cost import attention_weights, matrix
-from generate import generate, strategies, stream
+from generate import generate, strategies
 from model import BART, GPT, BARTConfig, GPTConfig
 from plumbing.errors import UserError
 from plumbing.report import check_path, check_size, symbol, write_report
@@ -31,8 +31,7 @@ def page(path, bart=True, M=5):
     for p in model.parameters():
         p.data.mul_(10)
     prompt = list(range(len(NASTY)))
-    result = compare(model, {name: lambda name=name: stream(model, [prompt], M, strategy=name, ignore_eos=True)
-                             for name in strategies(model)}, len(prompt))
+    result = compare(model, strategies(model), [prompt], M, ignore_eos=True)
     with attention_weights(model) as weights:
         new = generate(model, [prompt], M, ignore_eos=True)[0]
     weights = {kind: [matrix(calls)[0] for calls in layers if calls] for kind, layers in weights.items()}
