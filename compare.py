@@ -87,15 +87,17 @@ def compare(model, makes, prompts, max_new_tokens, **options):
         finding = dict(verdict="equal")
         if largest or first:
             finding = judge(model, make, prompts, reference[0], largest, first, options.get("decoder_prompts"))
-            if outcomes[0]["finding"]["verdict"] == "equal":  # the reference itself: one step of it, the longest
-                outcomes[0]["finding"] = judge(model, next(iter(makes.values())), prompts, reference[0], largest, None,
-                                               options.get("decoder_prompts"), last_only=True)
+            itself = judge(model, next(iter(makes.values())), prompts, reference[0], largest, None,
+                           options.get("decoder_prompts"), last_only=True)  # one step of the reference, the longest
+            outcomes[0]["finding"] = itself if itself["verdict"] == "bug" else outcomes[0]["finding"]
         if counts != closed and finding["verdict"] != "bug":
             finding = dict(verdict="bug", kind="counts", step=None)
         outcomes.append(dict(
             strategy=name, identical=first is None, first_difference=first, logit_difference=largest, finding=finding,
             encoder_tokens=counts[0], decoder_tokens=counts[1], closed_form=closed,
             linear_rows=rows_through(cost.linear_rows),
+            layer_rows={name.split(".", 2)[2]: rows for name, rows in cost.linear_rows.items()
+                        if name.startswith(("h.0.", "decoder.0."))},
             linear_flops=cost.flops("GEMM"), attention_flops=cost.flops("BGEMM"),
             self_cache_bytes=cost.cache_bytes("self"), cross_cache_bytes=cost.cache_bytes("cross"),
             seconds=sum(seconds), first_seconds=seconds[0], token_seconds=mean(seconds[1:]) if seconds[1:] else None,

@@ -93,9 +93,34 @@ def comparison_table(result):
                      s["finding"]["verdict"], *(f"{n:,}" for n in counts),
                      f"{s['seconds']:.3f}", f"{s['first_seconds']:.3f}", later, f"{s['speed']:.2f}x"])
     lines = [f"{s['strategy']}: {told(s)}" for s in result["strategies"] if s["finding"]["verdict"] != "equal"]
+    by_name = {s["strategy"]: s for s in result["strategies"]}
+    if {"hoisted", "cached"} <= by_name.keys():
+        lines += savings(by_name["hoisted"], by_name["cached"])
     little = " (so few that equal tokens say little)" if result["distinct"] < min(result["M"], 8) else ""
     return (f"N = {result['N']:,}, M = {result['M']:,} decoder calls, batch of {result['batch_size']}; "
             f"{result['distinct']} distinct ids in the text{little}\n\n{aligned(rows)}\n\n" + "\n".join(lines))
+
+
+def savings(hoisted, cached):
+    """What caching saves over hoisting, as lines: in time, and linear by linear of a decoder layer."""
+    saved = 1 - cached["seconds"] / hoisted["seconds"]
+    fused = {"c_attn": "q, k, v", "c_kv": "k, v"}  # one matrix of ours is several linears
+    names, total, once, shrink = [], Counter(), 0, 0
+    for name, rows in hoisted["layer_rows"].items():
+        role, own = name.split(".")
+        n = len(fused.get(own, own).split(", "))
+        total[role] += n
+        if own == "c_kv":
+            once += n
+        elif cached["layer_rows"][name] < rows:
+            shrink += n
+        what = {"attn": "self", "cross": "cross", "mlp": "feed-forward"}[role]
+        names.append(f"{what} {fused.get(own, own.removeprefix('c_'))} {rows:,} -> {cached['layer_rows'][name]:,}")
+    attention = total["attn"] + total["cross"]
+    return [f"caching saves {saved:.0%} of hoisting's time here. (The \"about 40 %\" of older notes is one such number: it grows "
+            f"with source and text, and is next to nothing on a GPU that waits for launches.)",
+            f"Of the {attention} linears of attention in a decoder layer ({attention + total['mlp']} with the feed-forward) "
+            f"{once} run once per source and {shrink} shrink to one row a call. Rows, hoisted -> cached: {'; '.join(names)}"]
 
 
 def told(s):

@@ -246,6 +246,14 @@ def test_all_strategies_agree_and_their_counts_are_exact():
             s["finding"]["verdict"] == "rounding" for s in result["strategies"])  # "the same tokens in fp64"
 
 
+def test_what_caching_saves_is_told_linear_by_linear():
+    text = comparison_table(compared(tiny_bart(), [[3] * 9], 7, ignore_eos=True))
+    assert "Of the 8 linears of attention in a decoder layer (10 with the feed-forward) 2 run once per source and 8 shrink" in text
+    for rows in ("self q, k, v 28 -> 7", "cross k, v 63 -> 9", "feed-forward fc 28 -> 7"):
+        assert rows in text
+    assert "40 %" not in comparison_table(compared(tiny_gpt(), [[3] * 9], 7, ignore_eos=True))
+
+
 def test_a_strategy_that_does_more_than_it_should_is_a_bug():
     model = tiny_bart()
     result = compare(model, {"cached": program.hoisted}, [[3] * 9], 4, ignore_eos=True)
