@@ -385,7 +385,7 @@ def test_texts_of_more_and_fewer_rows_follow_each_other(seed):
                 for start, stop in ((0, 3), (3, 4)):
                     with passing(cache, start, text[:, start:stop], 8) as pos:
                         parts.append(mha(text[:, start:stop], pos=pos, cache=cache))
-            assert torch.allclose(torch.cat(parts, 1), mha(text))
+            assert (torch.cat(parts, 1) - mha(text)).abs().max() < 1e-5
     cache.reorder([3])
     mha.cache = cache
     assert torch.allclose(mha(x, True), mha(x))

@@ -235,7 +235,7 @@ block_size = 128
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_command_exits_1_where_there_is_a_bug_and_0_where_there_is_none(dtype, tmp_path):
     (tmp_path / "bart.toml").write_text(TOML)
-    args = "compare", "--random", tmp_path / "bart.toml", "--prompt-tokens", 64, "--max-new-tokens", 40, "--dtype", dtype
+    args = "compare", "--random", tmp_path / "bart.toml", "--prompt-tokens", 64, "--max-new-tokens", 40, "--dtype", dtype, "--device", "cpu"
     right = call(bench.main, *args)
     assert right.code == 0 and "BUG" not in right.out and "closed form" in right.out
     distinct = int(right.out.split(" distinct")[0].split()[-1])
