@@ -22,12 +22,16 @@ import time
 from pathlib import Path
 from statistics import mean, median
 
+from plumbing.errors import Parser, UserError, guard_imports, run
+
+if __name__ == "__main__":
+    guard_imports()  # torch's take seconds
+
 import torch
 
 from cost import FORMULAS, attention_weights, count, hooks, matrix, predict, rows_through
 from generate import generate, strategies, stream
 from plumbing import cli, report
-from plumbing.errors import Parser, UserError, run
 from plumbing.models import PRESETS, count_parameters, preset_config, random_model
 from plumbing.utils import DTYPES, pick_device
 from plumbing.weights import load_pretrained, save_pretrained
@@ -231,9 +235,9 @@ def check_disk(folder, name, dtype):
 
 def measure_loading(directory, args):
     """What loading costs, as a dict."""
-    paths = sorted(map(str, Path(directory).absolute().glob("*.safetensors")))
+    paths = sorted(map(str, Path(directory).absolute().glob("*.safetensors"))) if directory else []  # "" is no "."
     if not paths:
-        raise UserError(f"{directory} has no *.safetensors: pass the directory of a model")
+        raise UserError(f"{directory!r:.150} has no *.safetensors: pass the directory of a model")
     directory = os.path.dirname(paths[0])
     measure_read(paths)  # from here on they are in the page cache
     read, loaded = zip(*((fresh(measure_read, paths), fresh(measure_load, directory, args.dtype, args.device))
@@ -282,7 +286,7 @@ def load(args):
         if args.random:
             check_disk(tempfile.gettempdir(), args.random, args.dtype or "float32")
             fresh(save_random, folder, args.random, args.dtype or "float32")
-        result = measure_loading(args.model or folder, args)
+        result = measure_loading(folder if args.model is None else args.model, args)
     print(json.dumps(result) if args.json else report_loading(result))
 
 

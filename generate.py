@@ -19,10 +19,14 @@ import json
 import sys
 import time
 
+from plumbing.errors import UserError, guard_imports, run
+
+if __name__ == "__main__":
+    guard_imports()  # torch's take seconds
+
 import torch
 
 import cost
-from plumbing.errors import UserError, run
 from sampling import Choice, Chooser
 
 # -----------------------------------------------------------------------------

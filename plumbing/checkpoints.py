@@ -132,6 +132,10 @@ def load_checkpoint(run_dir):
     if path is None:
         return None
     training = read_json(path / "training.json")
+    for key, kind in {"step": int, "extra": dict, "optimizers": list}.items():
+        if type(training.get(key)) is not kind:
+            raise UserError(f"{path / 'training.json'}: {key} is {training.get(key)!a:.60}, no {kind.__name__}; "
+                            f"remove {path} to go on from the checkpoint before it")
     return Checkpoint(path, training["step"], training["extra"], training["optimizers"])
 
 

@@ -134,7 +134,7 @@ def read(args):
 def load(args):
     """The model in eval mode, its tokenizer (None if it is random), and its generation_config.json as a dict."""
     device, dtype = pick_device(args.device), DTYPES.get(args.dtype)
-    if args.random:
+    if args.random is not None:
         return random_model(args.random, dtype or torch.float32, device), None, {}
     model, tokenizer = load_pretrained(args.model, dtype, device)
     if tokenizer is None:
@@ -153,7 +153,7 @@ def read_prompt(args, model, tokenizer):
     if args.prompt_file not in (None, "-"):
         text = read_text(args.prompt_file, MAX_PROMPT).removesuffix("\n")
     elif args.prompt is None:
-        text = decode("standard input", sys.stdin.buffer.read(MAX_PROMPT + 1)).removesuffix("\n")
+        text = decode("standard input", read_stdin()).removesuffix("\n")
     else:
         text = decode("--prompt", args.prompt.encode("utf-8", "surrogatepass"))  # bytes that are no text are surrogates
     if len(text) > MAX_PROMPT:
@@ -162,6 +162,13 @@ def read_prompt(args, model, tokenizer):
     if not ids:
         raise UserError("the prompt is empty: give at least one character to continue")
     return text, ids
+
+
+def read_stdin():
+    try:
+        return sys.stdin.buffer.read(MAX_PROMPT + 1)
+    except (AttributeError, OSError):  # it is None where it is closed
+        raise UserError("standard input cannot be read: send a text to it, or use --prompt-file PATH") from None
 
 
 def publishers_rules(args, model, tokenizer, published, n_prompt):

@@ -4,7 +4,9 @@
 """
 
 import argparse
+import os
 import re
+import signal
 import sys
 
 
@@ -31,11 +33,27 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see {self.prog} --help)")
 
 
+def leave(signum, frame):
+    print("interrupted", file=sys.stderr or open(os.devnull, "w"), flush=True)
+    os._exit(130)
+
+
+def guard_imports():
+    """Until run() is called, Ctrl-C ends the program at once: raised in an import, it may come out as anything."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # it is not where Ctrl-C is to be ignored
+        signal.signal(signal.SIGINT, leave)
+
+
 def run(main):
     """Call `main()` as a command-line program and leave the process with the right exit code."""
     code = 0
-    sys.stdout.reconfigure(encoding="utf-8")  # whatever the locale: a model writes what it has learned
+    if signal.getsignal(signal.SIGINT) is leave:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # None if it is closed, and print() would take stdout
     try:
+        if sys.stdout is None:
+            raise UserError("standard output is closed: send it to a file, or to /dev/null")
+        sys.stdout.reconfigure(encoding="utf-8")  # whatever the locale: a model writes what it has learned
         try:
             main()
         finally:

@@ -1,6 +1,7 @@
 """A training run on disk: its checkpoints, its log, its loss curve, and stopping it without losing anything."""
 
 import json
+import os
 import signal
 import sys
 from contextlib import contextmanager
@@ -10,10 +11,12 @@ from tqdm import tqdm
 
 from plumbing.checkpoints import load_checkpoint, save_checkpoint
 from plumbing.errors import UserError
+from plumbing.files import read_bytes
 from plumbing.tokenizers import load_tokenizer
 
 # what a resumed run must have in common with the run it continues: all of these sections (None), or some of their keys
 RESUMABLE = {"model": None, "data": None, "text": None, "train": ("seed", "batch_size", "accumulation", "optimizer")}
+MAX_LOG = 2**31  # bytes of a log.jsonl
 
 
 class Run:
@@ -61,13 +64,15 @@ class Run:
             raise UserError(f"cannot write in {self.out}: {error.strerror}; name another with --train.out_dir")
 
     def history(self):
-        """The lines of log.jsonl as dicts, without any that a power cut left unfinished."""
+        """The lines of log.jsonl as dicts, without any that a power cut left unfinished or that hold no numbers."""
         path, lines = self.out / "log.jsonl", []
-        for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        for line in read_bytes(path, MAX_LOG).splitlines() if os.path.lexists(path) else []:
             try:
-                lines.append({"step": 0} | json.loads(line))
-            except (ValueError, TypeError, RecursionError):
+                numbers = {"step": 0} | json.loads(line)
+                sum(numbers.values(), 0.0)  # all of them are some
+            except (ValueError, TypeError, OverflowError, RecursionError):
                 continue
+            lines.append(numbers)
         return lines
 
     def log(self, step, **numbers):

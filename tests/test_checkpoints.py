@@ -268,6 +268,17 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_previous_one(what, tmp_path
         load_checkpoint(tmp_path)
 
 
+@pytest.mark.parametrize("training", [{}, {"step": "1", "extra": {}, "optimizers": []}, {"step": 1, "extra": None},
+                                      {"step": 1, "extra": {}, "optimizers": {}}], ids=str)
+def test_what_a_checkpoint_says_of_its_training_is_checked(training, tmp_path):
+    path = save(tmp_path, 1)
+    (path / "training.json").write_text(json.dumps(training))
+    (path / "manifest.json").unlink()
+    (path / "manifest.json").write_text(json.dumps(checkpoints.describe(path)))
+    with pytest.raises(UserError, match="training.json: (step|extra|optimizers) is"):
+        load_checkpoint(tmp_path)
+
+
 def test_replacing_a_step_leaves_no_moment_without_it(tmp_path, monkeypatch):
     save(tmp_path, 1)
     shas = lambda: load_checkpoint(tmp_path).step

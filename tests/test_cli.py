@@ -138,6 +138,8 @@ BAD_BENCH = {
     f"compare {GPT} --prompt-tokens 3": "one prompt",
     "compare --model {gpt} --prompt-tokens 3": "--prompt-tokens",
     "compare --random unknown --prompt-tokens 3": "unknown",
+    "compare --random '' --prompt-tokens 3": "''",
+    "load --model ''": "''",
     "compare --random gpt2": "prompt",
     "trace --random gpt2 --prompt the": "--prompt-tokens",
     "compare --random gpt2 --prompt-tokens 0": "--prompt-tokens 0",
@@ -244,6 +246,8 @@ BAD_TRAIN = {
     f"{TRAIN} --train.out_dir={{tmp}}/notes.txt": "notes.txt",
     f"{TRAIN} --train.out_dir={{tmp}}/notes.txt/run": "notes.txt",
     f"{TRAIN} --train.out_dir=/proc/run": "/proc",
+    f"{TRAIN} --train.out_dir={{tmp}}/caf\udce9": "UTF-8",
+    f"{TRAIN} '--train.out_dir=\"a\\u0000b\"'": "null",
     f"{TRAIN} --train.out_dir={{gpt}}": "--train.resume=true",
     f"{TRAIN} --train.out_dir={{gpt}} --train.resume=true --model.n_layer=3": "model.n_layer",
     f"{TRAIN} --train.out_dir={{gpt}} --train.resume=true --data.source={{tmp}}/other.txt": "data.source",
@@ -312,6 +316,27 @@ def test_a_full_disk_behind_stdout_is_one_line(places):
                                    stdout=full, stderr=subprocess.PIPE)
         err = process.communicate(timeout=60)[1]
     assert process.returncode == 2 and err.count(b"\n") == 1 and err.startswith(b"error: ")
+
+
+@pytest.mark.parametrize("line, closed", [
+    (f"generate.py {GPT}", ">&-"), ("generate.py --model {gpt} -", "<&-"), (f"bench.py compare {GPT}", ">&-"),
+    ("bench.py compare --model {gpt} -", "<&-"), ("train.py {tmp}/gpt.toml --train.out_dir={tmp}/new", ">&-")])
+def test_a_stream_that_is_closed_is_refused(line, closed, places):
+    program, *args = words(line, places)
+    command = shlex.join([sys.executable, str(ROOT / program), *args])
+    assert_refused(finish(subprocess.Popen(f"{command} {closed}", shell=True, stdout=subprocess.PIPE,
+                                           stderr=subprocess.PIPE)))
+
+
+def test_with_nobody_to_tell_an_error_it_does_not_go_to_stdout_and_training_goes_on(places, tmp_path):
+    out = tmp_path / "out"
+    train_line = f"{places['tmp']}/gpt.toml --train.out_dir={out} --train.steps=1 --train.eval_batches=1"
+    for line, code in ((f"generate.py --model {places['gpt']} --prompt ''", 2), (f"train.py {train_line}", 0)):
+        process = subprocess.Popen(f"{sys.executable} {ROOT}/{line} <&- 2>&-", shell=True, stdout=subprocess.PIPE,
+                                   stderr=subprocess.PIPE)
+        outcome = finish(process)
+        assert outcome.code == code and "error" not in outcome.out, outcome
+    assert f"step 1: saved {out}" in outcome.out
 
 
 def test_every_way_to_give_a_prompt_gives_the_same_text(places):
@@ -429,6 +454,18 @@ def test_control_c_in_a_generation_exits_130(places):
     process.send_signal(signal.SIGINT)
     outcome = finish(process)
     assert outcome.code == 130 and outcome.err == "interrupted\n"
+
+
+@pytest.mark.parametrize("program", ["generate.py", "bench.py", "train.py"])
+def test_control_c_while_torch_is_imported_exits_130(program, tmp_path):
+    """As some of its parts do, this torch makes another error of whatever is raised while it is imported."""
+    (tmp_path / "torch.py").write_text("import time\nprint('importing', flush=True)\ntry: time.sleep(30)\n"
+                                       "except BaseException: raise ImportError('initialization failed')")
+    process = shell(program, "--help", env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    assert process.stdout.readline() == b"importing\n"
+    process.send_signal(signal.SIGINT)
+    outcome = finish(process)
+    assert (outcome.code, outcome.out, outcome.err) == (130, "", "interrupted\n")
 
 
 @pytest.mark.parametrize("program", ["generate.py", "train.py"])

@@ -192,6 +192,24 @@ def test_a_log_without_a_checkpoint_is_that_of_a_run_that_came_to_nothing(tmp_pa
     assert [line["step"] for line in log(tmp_path / "out")] == [1, 2, 2]
 
 
+def test_lines_of_a_log_that_hold_no_numbers_are_passed_over(tmp_path):
+    train_run(tmp_path, GPT_TOML, "--train.steps=2", "--train.log_every=1")
+    before = untimed(tmp_path / "out")
+    with open(tmp_path / "out" / "log.jsonl", "a") as file:
+        file.write('{"step": null}\n{"step": "1"}\n{"step": 1, "loss": []}\n[]\n3\n{"step": 1, "loss": 1' + "0" * 400 + "}\n")
+    train_run(tmp_path, GPT_TOML, "--train.steps=3", "--train.log_every=1", "--train.resume=true")
+    assert untimed(tmp_path / "out")[: len(before)] == before and load_checkpoint(tmp_path / "out").step == 3
+    assert [line["step"] for line in log(tmp_path / "out") if "loss" in line] == [1, 2, 3]
+
+
+def test_a_log_that_is_no_file_is_refused_and_not_waited_for(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "config.toml").write_text(GPT_TOML.replace("{source}", "pydoc"))
+    os.mkfifo(tmp_path / "out" / "log.jsonl")
+    outcome = call(train.main, tmp_path / "config.toml", f"--train.out_dir={tmp_path / 'out'}", "--train.steps=1")
+    assert outcome.code == 2 and "log.jsonl is not a regular file" in outcome.err and outcome.err.count("\n") == 1
+
+
 def test_a_finished_run_resumed_is_as_it_was(tmp_path):
     train_run(tmp_path, GPT_TOML, "--train.steps=2")
     before = sha256(tmp_path / "out", 2), log(tmp_path / "out")
