@@ -15,7 +15,8 @@ from plumbing.files import read_bytes
 from plumbing.tokenizers import load_tokenizer
 
 # what a resumed run must have in common with the run it continues: all of these sections (None), or some of their keys
-RESUMABLE = {"model": None, "data": None, "text": None, "train": ("seed", "batch_size", "accumulation", "optimizer")}
+RESUMABLE = {"model": None, "data": None, "text": None, "train": ("seed", "batch_size", "accumulation", "optimizer",
+             "weight_decay", "beta2")}  # the optimizers come back with their own, and would not hear of others
 MAX_LOG = 2**31  # bytes of a log.jsonl
 
 

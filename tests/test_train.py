@@ -217,9 +217,10 @@ def test_a_finished_run_resumed_is_as_it_was(tmp_path):
     assert before == (sha256(tmp_path / "out", 2), log(tmp_path / "out"))
 
 
-def test_a_run_is_not_resumed_with_other_batches(tmp_path):
+def test_a_run_is_not_resumed_with_other_batches_nor_with_what_its_optimizers_would_not_hear_of(tmp_path):
     train_run(tmp_path, GPT_TOML, "--train.steps=2")
-    for change in ("--train.accumulation=7", "--train.batch_size=5", "--train.seed=99"):
+    for change in ("--train.accumulation=7", "--train.batch_size=5", "--train.seed=99", "--train.weight_decay=0.5",
+                   "--train.beta2=0.5"):
         outcome = call(train.main, tmp_path / "config.toml", f"--train.out_dir={tmp_path / 'out'}", "--train.steps=3",
                        "--train.resume=true", change)
         assert outcome.code == 2 and change[2:].split("=")[0] in outcome.err
