@@ -1,9 +1,11 @@
 """A training run on disk: its checkpoints, its log, its loss curve, and stopping it without losing anything."""
 
+import fcntl
 import json
 import os
 import signal
 import sys
+import weakref
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,11 +25,13 @@ MAX_LOG = 2**31  # bytes of a log.jsonl
 class Run:
     """
     The run in a directory. step and val_loss: where its newest checkpoint stands, 0 and None for a new run; tokenizer:
-    the checkpoint's. Raises UserError if there is a run and `resume` was not asked for: a run is never overwritten.
+    the checkpoint's. Raises UserError if there is a run and `resume` was not asked for: a run is never overwritten; and
+    if another process is training there.
     """
 
     def __init__(self, out_dir, resume):
-        self.out, self.stop, self.val_loss = Path(out_dir), False, None
+        self.out, self.stop, self.val_loss, self.locked = Path(out_dir), False, None, None
+        self.lock()
         self.checkpoint = load_checkpoint(self.out)
         self.step = self.checkpoint.step if self.checkpoint else 0
         if self.checkpoint and not resume:
@@ -53,12 +57,27 @@ class Run:
             self.val_loss = was.get("val_loss")
         self.rewind_log()
 
+    def lock(self):
+        """Keep other trainings out of the directory, once it is there, as long as this object and its process live."""
+        if self.locked or not self.out.is_dir():
+            return
+        handle = os.open(self.out, os.O_RDONLY)
+        self.locked = weakref.finalize(self, os.close, handle)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another training is at work in {self.out}: wait for its end, or name another "
+                            f"--train.out_dir") from None
+        except OSError:
+            pass  # a file system without locks
+
     def rewind_log(self):
         """Keep of log.jsonl what happened up to the checkpoint; the rest will happen again."""
         lines = [json.dumps(line) + "\n" for line in self.history() if line["step"] <= self.step]
         beside = self.out / ".log.jsonl"
         try:
             self.out.mkdir(parents=True, exist_ok=True)
+            self.lock()
             beside.write_text("".join(lines))
             beside.replace(self.out / "log.jsonl")  # a kill finds the old log or the new one, never half of it
         except OSError as error:

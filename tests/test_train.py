@@ -283,6 +283,37 @@ def test_control_c_stops_a_real_run_between_two_steps_and_saves(tmp_path):
     assert step == load_checkpoint(tmp_path / "out").step == log(tmp_path / "out")[-1]["step"] > 1
 
 
+def test_one_directory_has_one_training_and_a_killed_one_leaves_no_lock(tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT)
+    (tmp_path / "config.toml").write_text(GPT_TOML.replace("{source}", str(tmp_path / "text.txt")))
+    line = [tmp_path / "config.toml", f"--train.out_dir={tmp_path / 'out'}", "--train.resume=true", "--train.log_every=1"]
+    first = shell("train.py", *line, "--train.steps=1000000")
+    while not (tmp_path / "out" / "log.jsonl").exists() or len(log(tmp_path / "out")) < 2:
+        time.sleep(0.02)
+        assert first.poll() is None
+    outcome = call(train.main, *line, "--train.steps=1")
+    assert outcome.code == 2 and "another training" in outcome.err and outcome.err.count("\n") == 1, outcome
+    first.kill()
+    finish(first)
+    for steps in (61, 62):  # in one process, one after the other
+        assert call(train.main, *line, f"--train.steps={steps}", "--train.eval_batches=1").code == 0
+
+
+def test_a_training_that_began_while_we_read_is_noticed(tmp_path, monkeypatch):
+    """Both begin in a directory that is not there yet."""
+    train_run(tmp_path / "before", GPT_TOML, "--train.steps=1")
+    load_data, others = train.load_data, []
+
+    def slow(*args, **kwargs):
+        (tmp_path / "out").mkdir()
+        others.append(Run(tmp_path / "out", True))
+        return load_data(*args, **kwargs)
+
+    monkeypatch.setattr(train, "load_data", slow)
+    outcome = call(train.main, tmp_path / "before" / "config.toml", f"--train.out_dir={tmp_path / 'out'}")
+    assert outcome.code == 2 and "another training" in outcome.err and not any((tmp_path / "out").iterdir())
+
+
 def test_a_second_control_c_stops_at_once(tmp_path, monkeypatch):
     update = train.update
 
