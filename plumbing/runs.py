@@ -12,8 +12,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from plumbing.checkpoints import load_checkpoint, save_checkpoint
-from plumbing.errors import UserError
+from plumbing.errors import NonFiniteError, UserError
 from plumbing.files import read_bytes
+from plumbing.manifests import newest
 from plumbing.tokenizers import load_tokenizer
 
 # what a resumed run must have in common with the run it continues: all of these sections (None), or some of their keys
@@ -119,7 +120,10 @@ class Run:
 
     @contextmanager
     def stoppable(self):
-        """Inside, a first Ctrl-C sets self.stop, to be honoured between two steps; a second one stops at once."""
+        """
+        Inside, a first Ctrl-C sets self.stop, to be honoured between two steps; a second one stops at once. What stops on
+        a number that is none is told where that was, what is left and what to do.
+        """
         def ask(signum, frame):
             self.stop = True
             signal.signal(signal.SIGINT, before)
@@ -127,6 +131,12 @@ class Run:
         before = signal.signal(signal.SIGINT, ask)
         try:
             yield
+        except NonFiniteError as error:
+            good = newest(self.out)
+            left = f"the last good checkpoint is {good}: resume it" if good else "there is no checkpoint yet: begin again"
+            lr = self.described["train"]["lr"]
+            raise NonFiniteError(f"{error} at step {self.bar.n + 1}; {left} with a lower --train.lr (it was {lr:g}) or "
+                                 f"--train.grad_clip") from None
         finally:
             signal.signal(signal.SIGINT, before)
 

@@ -362,7 +362,9 @@ def test_a_loss_that_is_no_number_exits_3_and_the_last_good_checkpoint_is_there(
     outcome = call(train.main, tmp_path / "config.toml", f"--train.out_dir={tmp_path / 'out'}", "--train.resume=true",
                    "--train.steps=50", "--train.lr=1e10", "--train.warmup_steps=0")
     assert outcome.code == 3 and "Traceback" not in outcome.err
-    assert outcome.err.splitlines()[-1].startswith("stopped: the loss is")
+    said = outcome.err.splitlines()[-1]
+    assert said.startswith("stopped: the loss is") and re.search(r"at step ([3-9]|\d\d)\b", said)
+    assert str(tmp_path / "out" / "step-00000002") in said and "--train.lr" in said and "1e+10" in said and "resume" in said
     assert sha256(tmp_path / "out", 2) == before and load_checkpoint(tmp_path / "out").step == 2
     load_pretrained(tmp_path / "out")
 
@@ -398,5 +400,7 @@ def test_a_poisoned_weight_is_noticed_before_the_step(tmp_path, monkeypatch):
 
     train_run(tmp_path, GPT_TOML, "--train.steps=1")
     monkeypatch.setattr(train, "update", poisoned)
-    outcome = call(train.main, tmp_path / "config.toml", f"--train.out_dir={tmp_path / 'out'}", "--train.resume=true")
-    assert outcome.code == 3 and "the loss is nan" in outcome.err
+    for out in ("out", "new"):
+        outcome = call(train.main, tmp_path / "config.toml", f"--train.out_dir={tmp_path / out}", "--train.resume=true")
+        assert outcome.code == 3 and f"the loss is nan and its gradient's norm nan at step {1 + (out == 'out')};" in outcome.err
+    assert "no checkpoint yet" in outcome.err
