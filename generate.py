@@ -152,30 +152,33 @@ def loop(step, rows, limits, ended):
 def check_ids(what, rows, vocab_size, least=1):
     """Raise UserError unless every row is a list of at least `least` ids of the vocabulary."""
     for r, row in enumerate(rows):
+        if not isinstance(row, list | tuple):
+            raise UserError(f"{what} {r} is {row!r:.60}: it must be a list of ids (of a tensor, its tolist())")
         if len(row) < least:
             raise UserError(f"{what} {r} is empty: it needs at least {least} token")
         for i in row:
-            if not isinstance(i, int) or not 0 <= i < vocab_size:
+            if type(i) is not int or not 0 <= i < vocab_size:
                 raise UserError(f"{what} {r} has the id {i!r}: ids are integers from 0 to {vocab_size - 1}")
 
 
 def prepare(model, prompts, max_new_tokens, decoder_prompts):
     """Check a request and sort it into sources (None for a GPT) and the B rows that the decoder continues."""
+    prompts = list(prompts)  # a generator gives them once
     config, sources, rows = model.config, None, prompts
     check_ids("prompt", prompts, config.vocab_size)
     if config.is_encoder_decoder:
         sources, longest = prompts, max(map(len, prompts), default=0)
         if longest > config.block_size:
             raise UserError(f"a source of {longest} tokens does not fit block_size={config.block_size}: shorten it")
-        starts = [[]] * len(prompts) if decoder_prompts is None else decoder_prompts
+        starts = [[]] * len(prompts) if decoder_prompts is None else list(decoder_prompts)
         check_ids("decoder prompt", starts, config.vocab_size, least=0)
         rows = [[config.start_id, *start] for start in starts]
     elif decoder_prompts is not None:
         raise UserError("decoder_prompts are for an encoder-decoder: a GPT continues its prompts themselves")
     if len(rows) != len(prompts):
         raise UserError(f"{len(rows)} decoder prompts for {len(prompts)} sources: give one for each")
-    if max_new_tokens < 1:
-        raise UserError(f"max_new_tokens={max_new_tokens} must be at least 1")
+    if type(max_new_tokens) is not int or max_new_tokens < 1:
+        raise UserError(f"max_new_tokens={max_new_tokens!r:.60} must be a whole number, at least 1")
     longest = max(map(len, rows), default=0)
     if longest + max_new_tokens > config.block_size:
         raise UserError(f"{longest} tokens and max_new_tokens={max_new_tokens} do not fit "
@@ -215,9 +218,10 @@ def generate(model, prompts, max_new_tokens, *, strategy="cached", decoder_promp
     there is no dropout where no gradients are recorded. Raises UserError (a ValueError) if the request is not possible,
     e.g. prompt + max_new_tokens > block_size, before anything is computed; NonFiniteError if the logits are no numbers.
     """
-    rows = [[] for _ in prompts]
+    rows = []
     for found in stream(model, prompts, max_new_tokens, strategy=strategy, decoder_prompts=decoder_prompts,
                         ignore_eos=ignore_eos, **choice):
+        rows = rows or [[] for _ in found]
         for row, ids in zip(rows, found):
             row += ids
     return rows
