@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from statistics import mean, median
 
-from plumbing.errors import Parser, UserError, guard_imports, run
+from plumbing.errors import WHOLE, Parser, UserError, guard_imports, run
 
 if __name__ == "__main__":
     guard_imports()  # torch's take seconds
@@ -271,7 +271,7 @@ def add_load(parser):
     add("--random", metavar="PRESET", choices=PRESETS, help=f"a random model: {', '.join(PRESETS)}")
     add("--dtype", choices=sorted(DTYPES), help="of the loaded weights; default: as in the file")
     add("--device", default="cpu", help="auto, cpu, cuda or mps")
-    add("--pairs", type=int, default=7, help="measurements of each kind")
+    add("--pairs", type=WHOLE, default=7, help="measurements of each kind")
     add("--parity", action="store_true", help="compare the logits with transformers' in fp32")
     add("--json", action="store_true", help="one JSON object")
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from plumbing.errors import Parser, UserError
+from plumbing.errors import REAL, WHOLE, Parser, UserError
 from plumbing.files import decode, read_text
 from plumbing.models import random_model
 from plumbing.tokenizers import StreamDecoder, Tokenizer
@@ -58,22 +58,22 @@ def add_arguments(parser):
     add("--prompt", metavar="TEXT", help="text to continue (GPT) or to read (BART)")
     add("--prompt-file", metavar="PATH", help="the same from a file, - for standard input")
     add("stdin", nargs="?", metavar="-", help="the same from standard input")
-    add("--max-new-tokens", type=int, metavar="M", help=f"at most; default: {DEFAULT_NEW_TOKENS}, or what fits; prompt "
-        f"and new tokens together must fit the model's block_size")
-    add("--num-samples", type=int, default=1, metavar="N", help="texts from one prompt, as one batch")
-    add("--beams", type=int, metavar="N", help="1 = no beam search, whatever the model's generation_config.json says")
+    add("--max-new-tokens", type=WHOLE, metavar="M", help=f"at most; default: {DEFAULT_NEW_TOKENS}, or what fits; a "
+        f"GPT's prompt and new tokens together must fit its block_size, a BART's source and its text must, each on its own")
+    add("--num-samples", type=WHOLE, default=1, metavar="N", help="texts from one prompt, as one batch")
+    add("--beams", type=WHOLE, metavar="N", help="1 = no beam search, whatever the model's generation_config.json says")
     add("--ignore-eos", action="store_true", help="go on to --max-new-tokens")
     add("--json", action="store_true", help="for machines: one JSON object a line")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--dtype", choices=sorted(DTYPES), help="of the weights; default: as in the file")
-    add("--seed", type=int, help="of what is drawn; default: different every time")
+    add("--seed", type=WHOLE, help="of what is drawn; default: different every time")
     parser.set_defaults(random=None, prompt_tokens=None, stats=False, no_stream=False)  # not every program has them
 
 
 def add_random(parser):
     """For bench.py: what a model costs does not depend on what it has learned."""
     parser.add_argument("--random", metavar="CONFIG", help="an untrained model: a configuration or a preset, e.g. gpt2")
-    parser.add_argument("--prompt-tokens", type=int, metavar="N", help="its prompt: N random tokens")
+    parser.add_argument("--prompt-tokens", type=WHOLE, metavar="N", help="its prompt: N random tokens")
 
 
 def parse(doc, args=None):
@@ -82,10 +82,10 @@ def parse(doc, args=None):
     add_arguments(parser)
     add = parser.add_argument
     add("--strategy", default="cached", help="naive, hoisted (BART) or cached")
-    add("--temperature", type=float, help="0 = greedy")
-    add("--top-k", type=int, metavar="K", help="draw among the K most likely tokens")
-    add("--top-p", type=float, metavar="P", help="draw among the most likely tokens that have probability P together")
-    add("--min-p", type=float, metavar="P", help="draw among tokens at least P times as likely as the most likely one")
+    add("--temperature", type=REAL, help="0 = greedy")
+    add("--top-k", type=WHOLE, metavar="K", help="draw among the K most likely tokens")
+    add("--top-p", type=REAL, metavar="P", help="draw among the most likely tokens that have probability P together")
+    add("--min-p", type=REAL, metavar="P", help="draw among tokens at least P times as likely as the most likely one")
     add("--stats", action="store_true", help="what it took, on standard error")
     add("--no-stream", action="store_true", help="print the text when it is complete")
     args = parser.parse_args(args)

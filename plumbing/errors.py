@@ -18,6 +18,20 @@ class NonFiniteError(ArithmeticError):
     """A NaN or an infinity where a number was needed; going on would only spread it."""
 
 
+def plain(kind, name):
+    """A type for argparse: numbers as one writes them, of which int() and float() are not sure: 1_0 is ten to them."""
+    def read(text):
+        if "_" in text or not text.isascii():
+            raise ValueError
+        return kind(text)
+
+    read.__name__ = name  # what argparse calls it where it says no
+    return read
+
+
+WHOLE, REAL = plain(int, "whole number"), plain(float, "number")
+
+
 class Parser(argparse.ArgumentParser):
     """argparse that accepts --max_new_tokens for --max-new-tokens, and reports a mistake in one line."""
 
