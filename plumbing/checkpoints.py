@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from plumbing.errors import UserError
 from plumbing.files import read_json, write_json
 from plumbing.manifests import MANIFEST, checkpoints, describe, newest
-from plumbing.weights import load_pretrained, save_pretrained
+from plumbing.weights import load_model, save_pretrained
 
 
 @dataclass
@@ -36,7 +36,7 @@ class Checkpoint:
         Put the run back where it was: weights and optimizer states into these live objects, and the states of the
         random number generators. Raises UserError if they are not of the same shape as those saved.
         """
-        saved, _ = load_pretrained(self.path)
+        saved = load_model(self.path)
         try:
             model.load_state_dict(saved.state_dict())
         except RuntimeError as error:

@@ -9,9 +9,9 @@ import torch
 from plumbing.errors import REAL, WHOLE, Parser, UserError
 from plumbing.files import decode, read_text
 from plumbing.models import random_model
-from plumbing.tokenizers import StreamDecoder, Tokenizer
+from plumbing.tokenizers import StreamDecoder, Tokenizer, load_tokenizer
 from plumbing.utils import DTYPES, pick_device
-from plumbing.weights import load_generation_config, load_pretrained
+from plumbing.weights import load_generation_config, load_model, locate
 
 MAX_PROMPT = 2**24  # bytes
 MAX_SAMPLES = 1024  # rows of one batch
@@ -58,8 +58,8 @@ def add_arguments(parser):
     add("--prompt", metavar="TEXT", help="text to continue (GPT) or to read (BART)")
     add("--prompt-file", metavar="PATH", help="the same from a file, - for standard input")
     add("stdin", nargs="?", metavar="-", help="the same from standard input")
-    add("--max-new-tokens", type=WHOLE, metavar="M", help=f"at most; default: {DEFAULT_NEW_TOKENS}, or what fits; a "
-        f"GPT's prompt and new tokens together must fit its block_size, a BART's source and its text must, each on its own")
+    add("--max-new-tokens", type=WHOLE, metavar="M", help=f"at most; default: {DEFAULT_NEW_TOKENS}, or what fits: "
+        f"prompt + new tokens <= block_size (a BART's source <= block_size as well)")
     add("--num-samples", type=WHOLE, default=1, metavar="N", help="texts from one prompt, as one batch")
     add("--beams", type=WHOLE, metavar="N", help="1 = no beam search, whatever the model's generation_config.json says")
     add("--ignore-eos", action="store_true", help="go on to --max-new-tokens")
@@ -136,10 +136,11 @@ def load(args):
     device, dtype = pick_device(args.device), DTYPES.get(args.dtype)
     if args.random is not None:
         return random_model(args.random, dtype or torch.float32, device), None, {}
-    model, tokenizer = load_pretrained(args.model, dtype, device)
+    directory = locate(args.model)
+    tokenizer, model = load_tokenizer(directory), load_model(directory, dtype, device)
     if tokenizer is None:
         raise UserError(f"{args.model} has no tokenizer: put its vocab.json and merges.txt (or tokenizer.json) there")
-    return model, tokenizer, load_generation_config(args.model)
+    return model, tokenizer, load_generation_config(directory)
 
 
 def read_prompt(args, model, tokenizer):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import BART_TOML, GPT_TOML, ROOT, TEXT, call, finish, shell, train_run
 
 import bench
@@ -15,6 +16,7 @@ import generate
 import sampling
 import train
 from plumbing.errors import UserError, run
+from plumbing.weights import load_pretrained, save_pretrained
 
 
 @pytest.fixture(scope="module")
@@ -454,6 +456,19 @@ def test_each_of_several_published_ends_is_honoured(published):
     assert ids(eos_token_id=[whole[-1], whole[3]]) == whole[:4]
     assert ids(eos_token_id=[whole[2]]) == whole[:3] and ids(eos_token_id=whole[1]) == whole[:2]
     assert not {whole[3], whole[1]} & set(ids(eos_token_id=[whole[3], whole[1]], min_length=4)[:3])
+
+
+def test_a_tokenizer_that_cannot_be_read_is_named_and_its_model_still_loads(tiny_gpt, tmp_path, capsys):
+    save_pretrained(tmp_path, tiny_gpt.model, tiny_gpt.tokenizer)
+    (tmp_path / "vocab.json").write_text("{}")
+    model, tokenizer = load_pretrained(tmp_path)
+    said = capsys.readouterr()
+    assert tokenizer is None and said.out == "" and said.err.count("\n") == 1 and str(tmp_path / "vocab.json") in said.err
+    assert all(torch.equal(x, model.state_dict()[name]) for name, x in tiny_gpt.model.state_dict().items())
+    for main, section in ((generate.main, []), (bench.main, ["compare"])):
+        outcome = call(main, *section, "--model", tmp_path, "--prompt", "the")
+        assert_refused(outcome)
+        assert str(tmp_path / "vocab.json") in outcome.err
 
 
 # -----------------------------------------------------------------------------
