@@ -133,7 +133,7 @@ def print_trace(request, args):
     model = request.model
     with count(model) as counted:
         new = generate(model, *request.batch(), **request.options)[0]
-    rows = [request.ids, [model.config.start_id]] if model.config.is_encoder_decoder else [request.ids]
+    rows = [request.ids, [model.config.start_id, *request.begun]] if model.config.is_encoder_decoder else [request.ids]
     rows[-1] = rows[-1] + new[:-1]
     with count(model) as training, torch.no_grad():
         model(*(torch.tensor([text], device=model.wte.weight.device) for text in rows))
@@ -300,7 +300,8 @@ def main(args=None):
         section = sections.add_parser(name, description=what)
         cli.add_arguments(section)
         cli.add_random(section)
-        if name == "trace":
+        if name == "trace":  # compare's closed forms know of none
+            cli.add_decoder_prompt(section)
             section.add_argument("--strategy", help="naive, hoisted (BART) or cached, which is the default")
         if name == "report":
             section.add_argument("--output", metavar="FILE.html", required=True, help="where the page is written")

@@ -256,9 +256,9 @@ def write_text(request):
 def show_stats(request, rows, seconds):
     """What the generation took, on stderr."""
     config, N = request.model.config, len(request.ids)
-    S = config.starts(N) + request.max_new_tokens
-    bytes_ = cost.predict(config, "cached", N, request.max_new_tokens, len(rows),
-                          request.model.wte.weight.element_size())["self_cache_bytes"]
+    M = len(request.begun) + request.max_new_tokens
+    S = config.starts(N) + M
+    bytes_ = cost.predict(config, "cached", N, M, len(rows), request.model.wte.weight.element_size())["self_cache_bytes"]
     bytes_ *= request.options["strategy"] == "cached"
     later = seconds[1:] or [0.0]
     print(f"{N} prompt tokens, first token after {1e3 * seconds[0]:.1f} ms; {sum(map(len, rows))} new tokens, "

@@ -31,17 +31,14 @@ class Request:
     tokenizer: Tokenizer | None  # None: the model is a random one
     prompt: str
     ids: list                    # of the prompt
+    begun: list                  # ids that a BART's text begins with, behind its start token
+    shown: str                   # what stands before the text that is generated
     max_new_tokens: int
     num_samples: int             # rows of the batch, all with the same prompt
     options: dict                # further arguments of generate(): strategy, ignore_eos, the fields of Choice
     json: bool
     stats: bool
     live: bool                   # print the text as it comes
-
-    @property
-    def shown(self):
-        """What stands before the text that is generated."""
-        return "" if self.model.config.is_encoder_decoder else self.prompt
 
     def decoder(self):
         return StreamDecoder(self.tokenizer)
@@ -67,7 +64,12 @@ def add_arguments(parser):
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--dtype", choices=sorted(DTYPES), help="of the weights; default: as in the file")
     add("--seed", type=WHOLE, help="of what is drawn; default: different every time")
-    parser.set_defaults(random=None, prompt_tokens=None, stats=False, no_stream=False)  # not every program has them
+    # not every program has them
+    parser.set_defaults(random=None, prompt_tokens=None, decoder_prompt=None, stats=False, no_stream=False)
+
+
+def add_decoder_prompt(parser):
+    parser.add_argument("--decoder-prompt", metavar="TEXT", help="what a BART's text begins with")
 
 
 def add_random(parser):
@@ -80,6 +82,7 @@ def parse(doc, args=None):
     """The arguments of generate.py as a namespace. Raises UserError on what is wrong whatever the model."""
     parser = Parser(prog="generate.py", description=doc)
     add_arguments(parser)
+    add_decoder_prompt(parser)
     add = parser.add_argument
     add("--strategy", default="cached", help="naive, hoisted (BART) or cached")
     add("--temperature", type=REAL, help="0 = greedy")
@@ -122,13 +125,18 @@ def read(args):
     check(args)
     model, tokenizer, published = load(args)
     prompt, ids = read_prompt(args, model, tokenizer)
-    max_new_tokens, rules = publishers_rules(args, model, tokenizer, published, len(ids))
+    begun = read_decoder_prompt(args, model, tokenizer)
+    start = model.config.starts(len(ids)) + len(begun)
+    max_new_tokens, rules = publishers_rules(args, model, tokenizer, published, start)
     # what an untrained model calls the end means nothing
     options = {"ignore_eos": args.ignore_eos or args.random is not None, **rules}
     given = {key: getattr(args, key, None) for key in ("strategy", "temperature", "top_k", "top_p", "min_p", "seed")}
     options |= {key: value for key, value in given.items() if value is not None}  # what is left out has its own default
-    return Request(model, tokenizer, prompt, ids, max_new_tokens, args.num_samples, options, args.json, args.stats,
-                   live=not args.no_stream and not args.json)
+    if begun:
+        options["decoder_prompts"] = [begun] * args.num_samples
+    shown = args.decoder_prompt or "" if model.config.is_encoder_decoder else prompt
+    return Request(model, tokenizer, prompt, ids, begun, shown, max_new_tokens, args.num_samples, options, args.json,
+                   args.stats, live=not args.no_stream and not args.json)
 
 
 def load(args):
@@ -156,13 +164,27 @@ def read_prompt(args, model, tokenizer):
     elif args.prompt is None:
         text = decode("standard input", read_stdin()).removesuffix("\n")
     else:
-        text = decode("--prompt", args.prompt.encode("utf-8", "surrogatepass"))  # bytes that are no text are surrogates
+        text = typed("--prompt", args.prompt)
     if len(text) > MAX_PROMPT:
         raise UserError(f"the prompt on standard input is longer than {MAX_PROMPT:,} bytes: shorten it")
     ids = tokenizer.encode(text)
     if not ids:
         raise UserError("the prompt is empty: give at least one character to continue")
     return text, ids
+
+
+def read_decoder_prompt(args, model, tokenizer):
+    """The ids that the decoder of a BART continues: framed as what it was trained on, but for the end."""
+    if args.decoder_prompt is None:
+        return []
+    if args.random is not None or not model.config.is_encoder_decoder:
+        raise UserError("--decoder-prompt is for a BART with a tokenizer: leave it out; a GPT continues its --prompt")
+    ids = tokenizer.encode(typed("--decoder-prompt", args.decoder_prompt))
+    return ids[:-1] if tokenizer.seq2seq else ids
+
+
+def typed(flag, text):
+    return decode(flag, text.encode("utf-8", "surrogatepass"))  # bytes that are no text are surrogates
 
 
 def read_stdin():
@@ -172,10 +194,10 @@ def read_stdin():
         raise UserError("standard input cannot be read: send a text to it, or use --prompt-file PATH") from None
 
 
-def publishers_rules(args, model, tokenizer, published, n_prompt):
+def publishers_rules(args, model, tokenizer, published, start):
     """
-    max_new_tokens, and the fields of Choice that a generation_config.json (as a dict) sets. Raises UserError on what
-    it asks for and nothing here can do, by its name.
+    max_new_tokens, and the fields of Choice that a generation_config.json (as a dict) sets. start: with how many tokens
+    the decoder starts. Raises UserError on what it asks for and nothing here can do, by its name.
     """
     for key, idle in UNSUPPORTED.items():
         if published.get(key, idle) not in (idle, None):
@@ -187,8 +209,7 @@ def publishers_rules(args, model, tokenizer, published, n_prompt):
         others = "".join(f", {key}={published[key]!r:.60}" for key in others)
         raise UserError(f"generation_config.json asks for num_beams={beams}{others}: beam search is not part of this "
                         f"program yet, pass --beams 1 to decode greedily")
-    config = model.config
-    start, V = config.starts(n_prompt), config.vocab_size
+    config, V = model.config, model.config.vocab_size
     max_new_tokens = args.max_new_tokens
     if max_new_tokens is None:
         longest = integer(published, "max_length", start + DEFAULT_NEW_TOKENS)

@@ -127,6 +127,10 @@ BAD_GENERATE = {  # arguments: what the line on stderr must name
     f"{GPT} --beams 0": "--beams 0",
     f"{GPT} --top-k 5": "set --temperature",
     f"{GPT} --compare": "--compare",
+    f"{GPT} --decoder-prompt the": "--decoder-prompt",
+    "--model {bart} --prompt abc --decoder-prompt caf\udce9": "UTF-8",
+    "--model {bart} --prompt abc --decoder-prompt Z": "'Z'",
+    "--model {bart} --prompt abc --decoder-prompt abcdefghijk": "block_size=12",
     f"{GPT} --prompt-tokens 3": "--prompt-tokens",
     "--random gpt2 --prompt the": "--random",
 }
@@ -156,6 +160,7 @@ BAD_BENCH = {
     "compare --random gpt2 --prompt-tokens 1_0": "'1_0'",
     "compare --random gpt2": "prompt",
     "trace --random gpt2 --prompt the": "--prompt-tokens",
+    "trace --random {tmp}/bart.toml --prompt-tokens 3 --decoder-prompt a": "--decoder-prompt",
     "compare --random gpt2 --prompt-tokens 0": "--prompt-tokens 0",
     "compare --random {tmp}/gpt.toml --prompt-tokens 9999999999999": "block_size",
     "compare --random {tmp}/huge.toml --prompt-tokens 3": "GiB",
@@ -362,6 +367,18 @@ def test_every_way_to_give_a_prompt_gives_the_same_text(places):
     assert call(generate.main, *start, "-", stdin=file.read_bytes()) == outcome
     assert call(generate.main, *start, "--prompt-file", "-", stdin=file.read_bytes()) == outcome
     assert call(generate.main, "-", *start, stdin="the dog 你好".encode()) == outcome
+
+
+def test_a_decoder_prompt_is_continued_and_shown_like_the_prompt_of_a_gpt(tiny_bart):
+    args = ["--model", tiny_bart.path, "--prompt", "abcde"]
+    whole = call(generate.main, *args).out
+    assert len(whole) > 4
+    for flags in ([], ["--no-stream"], ["--strategy", "naive"], ["--stats"]):
+        assert call(generate.main, *args, *flags, "--decoder-prompt", whole[:3]).out == whole
+    line, rest = (json.loads(call(generate.main, *args, "--json", *more).out) for more in ([], ["--decoder-prompt", whole[:3]]))
+    assert rest["text"] == whole[3:-1] and rest["ids"] == line["ids"][4:]  # they begin with <s>
+    records = [json.loads(text) for text in call(bench.main, "trace", *args, "--json", "--decoder-prompt", whole[:3]).out.splitlines()]
+    assert {r["out"][-2] for r in records if r["attention"] == "self" and r["step"] == 1 and r["phase"] != "encode"} == {5}
 
 
 def test_underscores_do_as_well_as_hyphens(places):
