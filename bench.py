@@ -32,7 +32,7 @@ import torch
 from cost import FORMULAS, attention_weights, count, hooks, matrix, predict, rows_through
 from generate import generate, strategies, stream
 from plumbing import cli, report
-from plumbing.models import PRESETS, count_parameters, preset_config, random_model
+from plumbing.models import PRESETS, count_parameters, random_config, random_model
 from plumbing.utils import DTYPES, pick_device
 from plumbing.weights import load_pretrained, save_pretrained
 
@@ -221,13 +221,14 @@ def measure_parity(directory, device):
     return {"difference": (ours - theirs.logits).abs().max().item(), "largest_logit": ours.abs().max().item()}
 
 
-def save_random(directory, name, dtype):
-    save_pretrained(directory, random_model(name, DTYPES[dtype], "cpu"))
+def save_random(directory, name, dtype, overrides):
+    save_pretrained(directory, random_model(name, DTYPES[dtype], "cpu", overrides))
 
 
-def check_disk(folder, name, dtype):
+def check_disk(folder, name, dtype, overrides):
     """Raise UserError if a random model does not fit where it is to be written."""
-    need, free = count_parameters(preset_config(name)) * DTYPES[dtype].itemsize, shutil.disk_usage(folder).free
+    config, free = random_config(name, overrides)[1], shutil.disk_usage(folder).free
+    need = count_parameters(config) * DTYPES[dtype].itemsize
     if 1.1 * need > free:
         raise UserError(f"{name} needs {need / 2**30:.1f} GiB in {folder}, and {free / 2**30:.1f} GiB are free there: "
                         f"set TMPDIR to a folder with more")
@@ -284,8 +285,9 @@ def load(args):
     args.device = pick_device(args.device)
     with tempfile.TemporaryDirectory() as folder:
         if args.random:
-            check_disk(tempfile.gettempdir(), args.random, args.dtype or "float32")
-            fresh(save_random, folder, args.random, args.dtype or "float32")
+            wanted = args.random, args.dtype or "float32", args.overrides
+            check_disk(tempfile.gettempdir(), *wanted)
+            fresh(save_random, folder, *wanted)
         result = measure_loading(folder if args.model is None else args.model, args)
     print(json.dumps(result) if args.json else report_loading(result))
 

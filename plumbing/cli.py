@@ -74,7 +74,8 @@ def add_decoder_prompt(parser):
 
 def add_random(parser):
     """For bench.py: what a model costs does not depend on what it has learned."""
-    parser.add_argument("--random", metavar="CONFIG", help="an untrained model: a configuration or a preset, e.g. gpt2")
+    parser.add_argument("--random", metavar="CONFIG", help="an untrained model: a configuration or a preset, e.g. "
+                        "gpt2, which any number of --model.key=value, e.g. --model.n_kv_head=1, change")
     parser.add_argument("--prompt-tokens", type=WHOLE, metavar="N", help="its prompt: N random tokens")
 
 
@@ -143,7 +144,7 @@ def load(args):
     """The model in eval mode, its tokenizer (None if it is random), and its generation_config.json as a dict."""
     device, dtype = pick_device(args.device), DTYPES.get(args.dtype)
     if args.random is not None:
-        return random_model(args.random, dtype or torch.float32, device), None, {}
+        return random_model(args.random, dtype or torch.float32, device, args.overrides), None, {}
     directory = locate(args.model)
     tokenizer, model = load_tokenizer(directory), load_model(directory, dtype, device)
     if tokenizer is None:

@@ -28,6 +28,12 @@ def read(path, overrides, sections):
         known(section, sections, "section")
         if not isinstance(table, dict):
             raise UserError(f"{section} in {path} is the value {table!r:.60}: it must be a table, [{section}]")
+    override_all(values, overrides, sections)
+    return {section: values.get(section, {}) for section in sections}
+
+
+def override_all(values, overrides, sections):
+    """Set in {section: {key: value}} what overrides say."""
     for override in overrides:
         name, equals, text = override.removeprefix("--").partition("=")
         section, dot, key = name.replace("-", "_").partition(".")
@@ -39,7 +45,6 @@ def read(path, overrides, sections):
             value = text
         known(section, sections, "section")
         values.setdefault(section, {})[key] = value
-    return {section: values.get(section, {}) for section in sections}
 
 
 def build(cls, values, section, **defaults):

@@ -33,7 +33,10 @@ WHOLE, REAL = plain(int, "whole number"), plain(float, "number")
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse that accepts --max_new_tokens for --max-new-tokens, and reports a mistake in one line."""
+    """
+    argparse that accepts --max_new_tokens for --max-new-tokens, reports a mistake in one line, and collects what has
+    the form --model.key=value as `overrides`.
+    """
 
     def __init__(self, **kwargs):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
@@ -41,7 +44,12 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args=None, namespace=None):
         words = sys.argv[1:] if args is None else args
         words = [re.sub(r"^--[a-z_]+", lambda flag: flag[0].replace("_", "-"), word) for word in words]
-        return super().parse_args(words, namespace)
+        overrides = [word for word in words if word.startswith("--model.")]
+        args = super().parse_args([word for word in words if word not in overrides], namespace)
+        args.overrides = overrides
+        if overrides and getattr(args, "random", None) is None:
+            self.error(f"{overrides[0]!r:.60} changes an untrained model: give bench.py --random")
+        return args
 
     def error(self, message):
         raise UserError(f"{message} (see {self.prog} --help)")

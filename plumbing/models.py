@@ -58,21 +58,30 @@ def read_model_config(values, tokenizer=None):
     return config
 
 
-def random_model(name, dtype, device):
+def random_config(name, overrides=()):
     """
-    An untrained model of any size, in eval mode: name is a preset ("bart-large") or a configuration file with a
-    [model] table. Raises UserError, before anything is allocated, if its weights do not fit the memory.
+    The class and the configuration of an untrained model: name is a preset ("bart-large") or a configuration file with
+    a [model] table, of which overrides, --model.key=value, change something.
     """
     if name in PRESETS:
-        values = {"type": PRESETS[name][0], "preset": name}
+        values = {"model": {"type": PRESETS[name][0], "preset": name}}
     elif os.path.exists(name):
-        values = configs.read(name, [], ("model", "data", "train"))["model"]
+        values = configs.read(name, [], ("model", "data", "train"))
     else:
         raise UserError(f"{name!r} is neither a configuration file nor one of {', '.join(PRESETS)}")
-    config = read_model_config(values)
+    configs.override_all(values, overrides, ("model",))
+    return model_class(values["model"]), read_model_config(values["model"])
+
+
+def random_model(name, dtype, device, overrides=()):
+    """
+    An untrained model of any size, in eval mode. Raises UserError, before anything is allocated, if its weights do not
+    fit the memory.
+    """
+    cls, config = random_config(name, overrides)
     check_memory(f"{name} in {dtype}", config, dtype.itemsize, device)
     with torch.device(device):
-        model = model_class(values)(config)
+        model = cls(config)
     return model.to(dtype).eval()
 
 

@@ -128,6 +128,7 @@ BAD_GENERATE = {  # arguments: what the line on stderr must name
     f"{GPT} --top-k 5": "set --temperature",
     f"{GPT} --compare": "--compare",
     f"{GPT} --decoder-prompt the": "--decoder-prompt",
+    f"{GPT} --model.n_head=1": "--model.n_head=1",
     "--model {bart} --prompt abc --decoder-prompt caf\udce9": "UTF-8",
     "--model {bart} --prompt abc --decoder-prompt Z": "'Z'",
     "--model {bart} --prompt abc --decoder-prompt abcdefghijk": "block_size=12",
@@ -154,6 +155,12 @@ BAD_BENCH = {
     f"compare {GPT} --prompt-tokens 3": "one prompt",
     "compare --model {gpt} --prompt-tokens 3": "--prompt-tokens",
     "compare --random unknown --prompt-tokens 3": "unknown",
+    "compare --random gpt2 --prompt-tokens 3 --model.n_heads=1": "'n_head'",
+    "compare --random gpt2 --prompt-tokens 3 --model.n_kv_head=5": "n_kv_head=5",
+    "compare --random gpt2 --prompt-tokens 3 --model.n_layer": "--model.n_layer",
+    f"compare {GPT} --model.n_layer=1": "--random",
+    "load --model {gpt} --model.n_layer=1": "--random",
+    "load --random gpt2 --model.n_heads=1": "'n_head'",
     "compare --random '' --prompt-tokens 3": "''",
     "load --model ''": "''",
     "load --random gpt2 --pairs 1_0": "'1_0'",
@@ -486,6 +493,17 @@ def test_a_tokenizer_that_cannot_be_read_is_named_and_its_model_still_loads(tiny
         outcome = call(main, *section, "--model", tmp_path, "--prompt", "the")
         assert_refused(outcome)
         assert str(tmp_path / "vocab.json") in outcome.err
+
+
+@pytest.mark.parametrize("name, n_head", [("gpt2", 12), ("{tmp}/gpt.toml", 4)])
+def test_a_random_model_is_changed_by_overrides(name, n_head, places):
+    def cache_bytes(n_kv_head):
+        sizes = dict(n_layer=1, n_head=n_head, n_embd=24, vocab_size=99, eos_id=3, n_kv_head=n_kv_head)
+        outcome = call(bench.main, "compare", "--random", name.format(**places), "--prompt-tokens", 3, "--max-new-tokens", 4,
+                       "--json", *(f"--model.{key}={value}" for key, value in sizes.items()))
+        return json.loads(outcome.out)["strategies"][-1]["self_cache_bytes"]
+
+    assert cache_bytes(n_head) == n_head * cache_bytes(1) > 0
 
 
 # -----------------------------------------------------------------------------
