@@ -210,20 +210,21 @@ def publishers_rules(args, model, tokenizer, published, start):
         others = "".join(f", {key}={published[key]!r:.60}" for key in others)
         raise UserError(f"generation_config.json asks for num_beams={beams}{others}: beam search is not part of this "
                         f"program yet, pass --beams 1 to decode greedily")
-    config, V = model.config, model.config.vocab_size
+    config = model.config
+    real = min(tokenizer.n_vocab, config.vocab_size) if tokenizer else config.vocab_size  # a vocabulary may be padded
     max_new_tokens = args.max_new_tokens
     if max_new_tokens is None:
         longest = integer(published, "max_length", start + DEFAULT_NEW_TOKENS)
         longest = start + integer(published, "max_new_tokens", longest - start)
         max_new_tokens = max(1, min(longest, config.block_size) - start)
     least = max(integer(published, "min_length", 0), start + integer(published, "min_new_tokens", -start))
-    first = integer(published, "forced_bos_token_id", None, V)
+    first = integer(published, "forced_bos_token_id", None, real)
     return max_new_tokens, {
         "min_length": least,
         "no_repeat_ngram": integer(published, "no_repeat_ngram_size", 0) or None,
-        "forced_last": integer(published, "forced_eos_token_id", None, V),
+        "forced_last": integer(published, "forced_eos_token_id", None, real),
         "forced_first": first if config.is_encoder_decoder else None,
-        "n_vocab": tokenizer and min(tokenizer.n_vocab, V)}
+        "n_vocab": real}
 
 
 def integer(published, key, otherwise, below=2**31):

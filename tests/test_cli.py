@@ -6,6 +6,7 @@ import shlex
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from conftest import BART_TOML, GPT_TOML, ROOT, TEXT, call, finish, shell, train
 
 import bench
 import generate
+import model
 import sampling
 import train
 from plumbing.errors import UserError, run
@@ -448,7 +450,8 @@ def published(tiny_bart, tmp_path):
 @pytest.mark.parametrize("lines", [
     {"num_beams": 4, "length_penalty": 2.0}, {"num_beams": "four"}, {"num_beams": [4] * 1000}, {"repetition_penalty": 1.2},
     {"bad_words_ids": [[n] for n in range(1000)]}, {"min_length": -1}, {"max_length": 1.5}, {"no_repeat_ngram_size": "x"},
-    {"forced_eos_token_id": [2]}, {"eos_token_id": [2, 500]}, {"eos_token_id": "x"}, {"eos_token_id": -5}, {"eos_token_id": []}, {"stop_strings": ["x"]}, {"typical_p": 0.9}, {"forced_bos_token_id": 10**6}, {"decoder_start_token_id": 10**6}], ids=str)
+    {"forced_eos_token_id": [2]}, {"eos_token_id": [2, 500]}, {"eos_token_id": [500]},
+    {"eos_token_id": "x"}, {"eos_token_id": -5}, {"eos_token_id": [-5]}, {"eos_token_id": ["x"]}, {"eos_token_id": []}, {"stop_strings": ["x"]}, {"typical_p": 0.9}, {"forced_bos_token_id": 10**6}, {"decoder_start_token_id": 10**6}], ids=str)
 def test_what_cannot_be_honoured_is_refused_by_name(published, lines):
     outcome = published(**lines)
     assert_refused(outcome)
@@ -473,6 +476,25 @@ def test_lengths_and_forced_ids_are_honoured(published, tiny_bart):
     assert len(ids("--max-new-tokens", 2, max_length=9)) == 2
 
 
+@pytest.mark.parametrize("kind", ["gpt", "bart"])
+def test_a_vocabulary_may_be_padded_beyond_its_tokenizer(kind, tiny_gpt, tiny_bart, tmp_path):
+    _, tokenizer, _ = {"gpt": tiny_gpt, "bart": tiny_bart}[kind]
+    cls = {"gpt": model.GPT, "bart": model.BART}[kind]
+    config = replace(cls.get_default_config(), n_head=1, n_embd=4, vocab_size=400, block_size=20)
+    save_pretrained(tmp_path, cls(config), tokenizer)
+
+    def outcome(**published):
+        (tmp_path / "generation_config.json").write_text(json.dumps(published))
+        return call(generate.main, "--model", tmp_path, "--prompt", "abc", "--json", "--max-new-tokens", 9)
+
+    for key in ("forced_eos_token_id", "forced_bos_token_id"):
+        refused = outcome(**{key: 399})
+        assert_refused(refused)
+        assert f"{key}=399" in refused.err and f"0 to {tokenizer.n_vocab - 1}" in refused.err
+    done = outcome(min_length=6, eos_token_id=399)
+    assert done.code == 0 and done.err == "" and len(json.loads(done.out)["ids"]) == 9
+
+
 def test_each_of_several_published_ends_is_honoured(published):
     ids = lambda **lines: json.loads(published(**lines).out)["ids"]
     whole = ids()
@@ -485,10 +507,10 @@ def test_each_of_several_published_ends_is_honoured(published):
 def test_a_tokenizer_that_cannot_be_read_is_named_and_its_model_still_loads(tiny_gpt, tmp_path, capsys):
     save_pretrained(tmp_path, tiny_gpt.model, tiny_gpt.tokenizer)
     (tmp_path / "vocab.json").write_text("{}")
-    model, tokenizer = load_pretrained(tmp_path)
+    loaded, tokenizer = load_pretrained(tmp_path)
     said = capsys.readouterr()
     assert tokenizer is None and said.out == "" and said.err.count("\n") == 1 and str(tmp_path / "vocab.json") in said.err
-    assert all(torch.equal(x, model.state_dict()[name]) for name, x in tiny_gpt.model.state_dict().items())
+    assert all(torch.equal(x, loaded.state_dict()[name]) for name, x in tiny_gpt.model.state_dict().items())
     for main, section in ((generate.main, []), (bench.main, ["compare"])):
         outcome = call(main, *section, "--model", tmp_path, "--prompt", "the")
         assert_refused(outcome)
