@@ -210,13 +210,14 @@ def generate(model, prompts, max_new_tokens, *, strategy="cached", decoder_promp
     The new ids of each row: a list of B lists, each up to and including the row's end-of-sequence id, no padding.
 
     prompts: B lists of ids, of any lengths: texts to continue for GPT, sources for BART (whose decoder starts from
-    config.start_id, then the row of decoder_prompts, if given). strategy: see the top of this file; all give the same
-    tokens. ignore_eos: go on to max_new_tokens in every row. The rest are fields of Choice: temperature=0.0
-    (greedy), top_k, top_p, min_p, seed and so on.
+    config.start_id, then the row of decoder_prompts, if given). They must fit: prompt + max_new_tokens <= block_size,
+    and for BART source <= block_size and 1 + decoder prompt + max_new_tokens <= block_size. strategy: see the top of
+    this file; all give the same tokens. ignore_eos: go on to max_new_tokens in every row. The rest are fields of
+    Choice: temperature=0.0 (greedy), top_k, top_p, min_p, seed and so on.
 
     The model may be in train mode and in use elsewhere, in other threads too: nothing of a decoding is kept on it, and
     there is no dropout where no gradients are recorded. Raises UserError (a ValueError) if the request is not possible,
-    e.g. prompt + max_new_tokens > block_size, before anything is computed; NonFiniteError if the logits are no numbers.
+    before anything is computed; NonFiniteError if the logits are no numbers.
     """
     rows = []
     for found in stream(model, prompts, max_new_tokens, strategy=strategy, decoder_prompts=decoder_prompts,

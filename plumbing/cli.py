@@ -55,8 +55,8 @@ def add_arguments(parser):
     add("--prompt", metavar="TEXT", help="text to continue (GPT) or to read (BART)")
     add("--prompt-file", metavar="PATH", help="the same from a file, - for standard input")
     add("stdin", nargs="?", metavar="-", help="the same from standard input")
-    add("--max-new-tokens", type=WHOLE, metavar="M", help=f"at most; default: {DEFAULT_NEW_TOKENS}, or what fits: "
-        f"prompt + new tokens <= block_size (a BART's source <= block_size as well)")
+    add("--max-new-tokens", type=WHOLE, metavar="M", help=f"at most; default: {DEFAULT_NEW_TOKENS}, or what "
+        f"fits: prompt + new tokens <= block_size; of a BART source <= block_size and 1 + new tokens <= block_size")
     add("--num-samples", type=WHOLE, default=1, metavar="N", help="texts from one prompt, as one batch")
     add("--beams", type=WHOLE, metavar="N", help="1 = no beam search, whatever the model's generation_config.json says")
     add("--ignore-eos", action="store_true", help="go on to --max-new-tokens")

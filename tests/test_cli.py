@@ -562,6 +562,7 @@ def test_help_is_there_and_imports_nothing_heavy(program):
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0 and not result.stderr.strip(), result.stderr
     assert "--train.steps=2000" in result.stdout if program == "train.py" else "--max-new-tokens" in result.stdout
+    assert program == "train.py" or "prompt + new tokens <= block_size" in " ".join(result.stdout.split())
 
 
 def test_exit_codes_have_one_home(capsys):
