@@ -23,14 +23,18 @@ import time
 from pathlib import Path
 from statistics import median
 
+from plumbing.errors import WHOLE, Parser, UserError, guard_imports, run
+
+if __name__ == "__main__":
+    guard_imports()  # torch's take seconds
+
 import torch
 
 from compare import compare
 from cost import attention_weights, count, matrix
 from generate import generate, strategies
 from plumbing import cli, report
-from plumbing.errors import Parser, UserError, run
-from plumbing.models import PRESETS, count_parameters, preset_config, random_model
+from plumbing.models import PRESETS, count_parameters, random_config, random_model
 from plumbing.utils import DTYPES, pick_device
 from plumbing.weights import load_pretrained, save_pretrained
 
@@ -61,7 +65,7 @@ def print_trace(request, args):
     model = request.model
     with count(model) as counted:
         new = generate(model, *request.batch(), **request.options)[0]
-    rows = [request.ids, [model.config.start_id]] if model.config.is_encoder_decoder else [request.ids]
+    rows = [request.ids, [model.config.start_id, *request.begun]] if model.config.is_encoder_decoder else [request.ids]
     rows[-1] = rows[-1] + new[:-1]
     with count(model) as training, torch.no_grad():
         model(*(torch.tensor([text], device=model.wte.weight.device) for text in rows))
@@ -149,13 +153,14 @@ def measure_parity(directory, device):
     return {"difference": (ours - theirs.logits).abs().max().item(), "largest_logit": ours.abs().max().item()}
 
 
-def save_random(directory, name, dtype):
-    save_pretrained(directory, random_model(name, DTYPES[dtype], "cpu"))
+def save_random(directory, name, dtype, overrides):
+    save_pretrained(directory, random_model(name, DTYPES[dtype], "cpu", overrides))
 
 
-def check_disk(folder, name, dtype):
+def check_disk(folder, name, dtype, overrides):
     """Raise UserError if a random model does not fit where it is to be written."""
-    need, free = count_parameters(preset_config(name)) * DTYPES[dtype].itemsize, shutil.disk_usage(folder).free
+    config, free = random_config(name, overrides)[1], shutil.disk_usage(folder).free
+    need = count_parameters(config) * DTYPES[dtype].itemsize
     if 1.1 * need > free:
         raise UserError(f"{name} needs {need / 2**30:.1f} GiB in {folder}, and {free / 2**30:.1f} GiB are free there: "
                         f"set TMPDIR to a folder with more")
@@ -163,9 +168,9 @@ def check_disk(folder, name, dtype):
 
 def measure_loading(directory, args):
     """What loading costs, as a dict."""
-    paths = sorted(map(str, Path(directory).absolute().glob("*.safetensors")))
+    paths = sorted(map(str, Path(directory).absolute().glob("*.safetensors"))) if directory else []  # "" is no "."
     if not paths:
-        raise UserError(f"{directory} has no *.safetensors: pass the directory of a model")
+        raise UserError(f"{directory!r:.150} has no *.safetensors: pass the directory of a model")
     directory = os.path.dirname(paths[0])
     measure_read(paths)  # from here on they are in the page cache
     read, loaded = zip(*((fresh(measure_read, paths), fresh(measure_load, directory, args.dtype, args.device))
@@ -199,7 +204,7 @@ def add_load(parser):
     add("--random", metavar="PRESET", choices=PRESETS, help=f"a random model: {', '.join(PRESETS)}")
     add("--dtype", choices=sorted(DTYPES), help="of the loaded weights; default: as in the file")
     add("--device", default="cpu", help="auto, cpu, cuda or mps")
-    add("--pairs", type=int, default=7, help="measurements of each kind")
+    add("--pairs", type=WHOLE, default=7, help="measurements of each kind")
     add("--parity", action="store_true", help="compare the logits with transformers' in fp32")
     add("--json", action="store_true", help="one JSON object")
 
@@ -212,9 +217,10 @@ def load(args):
     args.device = pick_device(args.device)
     with tempfile.TemporaryDirectory() as folder:
         if args.random:
-            check_disk(tempfile.gettempdir(), args.random, args.dtype or "float32")
-            fresh(save_random, folder, args.random, args.dtype or "float32")
-        result = measure_loading(args.model or folder, args)
+            wanted = args.random, args.dtype or "float32", args.overrides
+            check_disk(tempfile.gettempdir(), *wanted)
+            fresh(save_random, folder, *wanted)
+        result = measure_loading(folder if args.model is None else args.model, args)
     print(json.dumps(result) if args.json else report_loading(result))
 
 
@@ -228,7 +234,8 @@ def main(args=None):
         section = sections.add_parser(name, description=what)
         cli.add_arguments(section)
         cli.add_random(section)
-        if name == "trace":
+        if name == "trace":  # compare's closed forms know of none
+            cli.add_decoder_prompt(section)
             section.add_argument("--strategy", help="naive, hoisted (BART) or cached, which is the default")
         if name == "report":
             section.add_argument("--output", metavar="FILE.html", required=True, help="where the page is written")

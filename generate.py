@@ -19,10 +19,14 @@ import json
 import sys
 import time
 
+from plumbing.errors import UserError, guard_imports, run
+
+if __name__ == "__main__":
+    guard_imports()  # torch's take seconds
+
 import torch
 
 import cost
-from plumbing.errors import UserError, run
 from sampling import Choice, Chooser
 
 # -----------------------------------------------------------------------------
@@ -148,30 +152,33 @@ def loop(step, rows, limits, ended):
 def check_ids(what, rows, vocab_size, least=1):
     """Raise UserError unless every row is a list of at least `least` ids of the vocabulary."""
     for r, row in enumerate(rows):
+        if not isinstance(row, list | tuple):
+            raise UserError(f"{what} {r} is {row!r:.60}: it must be a list of ids (of a tensor, its tolist())")
         if len(row) < least:
             raise UserError(f"{what} {r} is empty: it needs at least {least} token")
         for i in row:
-            if not isinstance(i, int) or not 0 <= i < vocab_size:
+            if type(i) is not int or not 0 <= i < vocab_size:
                 raise UserError(f"{what} {r} has the id {i!r}: ids are integers from 0 to {vocab_size - 1}")
 
 
 def prepare(model, prompts, max_new_tokens, decoder_prompts):
     """Check a request and sort it into sources (None for a GPT) and the B rows that the decoder continues."""
+    prompts = list(prompts)  # a generator gives them once
     config, sources, rows = model.config, None, prompts
     check_ids("prompt", prompts, config.vocab_size)
     if config.is_encoder_decoder:
         sources, longest = prompts, max(map(len, prompts), default=0)
         if longest > config.block_size:
             raise UserError(f"a source of {longest} tokens does not fit block_size={config.block_size}: shorten it")
-        starts = [[]] * len(prompts) if decoder_prompts is None else decoder_prompts
+        starts = [[]] * len(prompts) if decoder_prompts is None else list(decoder_prompts)
         check_ids("decoder prompt", starts, config.vocab_size, least=0)
         rows = [[config.start_id, *start] for start in starts]
     elif decoder_prompts is not None:
         raise UserError("decoder_prompts are for an encoder-decoder: a GPT continues its prompts themselves")
     if len(rows) != len(prompts):
         raise UserError(f"{len(rows)} decoder prompts for {len(prompts)} sources: give one for each")
-    if max_new_tokens < 1:
-        raise UserError(f"max_new_tokens={max_new_tokens} must be at least 1")
+    if type(max_new_tokens) is not int or max_new_tokens < 1:
+        raise UserError(f"max_new_tokens={max_new_tokens!r:.60} must be a whole number, at least 1")
     longest = max(map(len, rows), default=0)
     if longest + max_new_tokens > config.block_size:
         raise UserError(f"{longest} tokens and max_new_tokens={max_new_tokens} do not fit "
@@ -204,17 +211,20 @@ def generate(model, prompts, max_new_tokens, *, strategy="cached", decoder_promp
     The new ids of each row: a list of B lists, each up to and including the row's end-of-sequence id, no padding.
 
     prompts: B lists of ids, of any lengths: texts to continue for GPT, sources for BART (whose decoder starts from
-    config.start_id, then the row of decoder_prompts, if given). strategy: see the top of this file; all give the same
-    tokens; a function that makes a step will do as well. ignore_eos: go on to max_new_tokens in every row. The rest are fields of Choice: temperature=0.0
-    (greedy), top_k, top_p, min_p, seed and so on.
+    config.start_id, then the row of decoder_prompts, if given). They must fit: prompt + max_new_tokens <= block_size,
+    and for BART source <= block_size and 1 + decoder prompt + max_new_tokens <= block_size. strategy: see the top of
+    this file; all give the same tokens; a function that makes a step will do as well. ignore_eos: go on to
+    max_new_tokens in every row. The rest are fields of Choice: temperature=0.0 (greedy), top_k, top_p, min_p, seed and
+    so on.
 
     The model may be in train mode and in use elsewhere, in other threads too: nothing of a decoding is kept on it, and
     there is no dropout where no gradients are recorded. Raises UserError (a ValueError) if the request is not possible,
-    e.g. prompt + max_new_tokens > block_size, before anything is computed; NonFiniteError if the logits are no numbers.
+    before anything is computed; NonFiniteError if the logits are no numbers.
     """
-    rows = [[] for _ in prompts]
+    rows = []
     for found in stream(model, prompts, max_new_tokens, strategy=strategy, decoder_prompts=decoder_prompts,
                         ignore_eos=ignore_eos, **choice):
+        rows = rows or [[] for _ in found]
         for row, ids in zip(rows, found):
             row += ids
     return rows
@@ -249,9 +259,9 @@ def write_text(request):
 def show_stats(request, rows, seconds):
     """What the generation took, on stderr."""
     config, N = request.model.config, len(request.ids)
-    S = config.starts(N) + request.max_new_tokens
-    bytes_ = cost.predict(config, "cached", N, request.max_new_tokens, len(rows),
-                          request.model.wte.weight.element_size())["self_cache_bytes"]
+    M = len(request.begun) + request.max_new_tokens
+    S = config.starts(N) + M
+    bytes_ = cost.predict(config, "cached", N, M, len(rows), request.model.wte.weight.element_size())["self_cache_bytes"]
     bytes_ *= request.options["strategy"] == "cached"
     later = seconds[1:] or [0.0]
     print(f"{N} prompt tokens, first token after {1e3 * seconds[0]:.1f} ms; {sum(map(len, rows))} new tokens, "

@@ -34,17 +34,17 @@ class Choice:
     forced_last: int | None = None      # the id that must come last if a row is as long as allowed
 
     def validate(self):
-        if not 0 <= self.temperature < float("inf"):
-            raise UserError(f"temperature={self.temperature} must be a finite number, 0 (greedy) or above")
+        if not isinstance(self.temperature, int | float) or not 0 <= self.temperature < math.inf:
+            raise UserError(f"temperature={self.temperature!r:.60} must be a finite number, 0 (greedy) or above")
         for name, least in (("top_k", 1), ("no_repeat_ngram", 1), ("n_vocab", 1), ("seed", 0), ("min_length", 0)):
             value = getattr(self, name)
-            if value is not None and not least <= value < 2**63:
-                raise UserError(f"{name}={value} must be at least {least} and less than 2**63; leave it out for no "
-                                f"such rule")
+            if value != getattr(Choice(), name) and (type(value) is not int or not least <= value < 2**63):  # nor a bool
+                raise UserError(f"{name}={value!r:.60} must be a whole number, at least {least} and less than 2**63; "
+                                f"leave it out for no such rule")
         for name in ("top_p", "min_p"):
             value = getattr(self, name)
-            if value is not None and not 0 <= value <= 1:
-                raise UserError(f"{name}={value} is a probability: choose it from 0 to 1")
+            if value is not None and (not isinstance(value, int | float) or not 0 <= value <= 1):
+                raise UserError(f"{name}={value!r:.60} is a probability: choose it from 0 to 1")
 
 
 # -----------------------------------------------------------------------------
@@ -86,8 +86,8 @@ FILTERS = {  # top_k needs none: it is K, how many are put in order at all, whic
 class Chooser:
     """
     Chooses by a Choice, with a random generator of its own. ends: the ids that end a row; limits: the length at which
-    each row of the request is cut, None for nowhere. A row is known by its number in the request, because rows that end leave the batch.
-    Raises UserError on a choice that makes no sense.
+    each row of the request is cut, None for nowhere. A row is known by its number in the request, because rows that end
+    leave the batch. Raises UserError on a choice that makes no sense.
     """
 
     def __init__(self, choice, device="cpu", ends=(), limits=None):

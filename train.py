@@ -18,13 +18,17 @@ import time
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 
+from plumbing.errors import NonFiniteError, UserError, guard_imports, run
+
+if __name__ == "__main__":
+    guard_imports()  # torch's take seconds
+
 import torch
 from torch.nn import functional as F
 
 from model import BART, GPT
 from plumbing import config as configs
 from plumbing.data import IGNORE, DataConfig, load_data
-from plumbing.errors import NonFiniteError, UserError, run
 from plumbing.models import PRESETS, check_memory, model_class, read_model_config
 from plumbing.runs import Run
 from plumbing.utils import pick_device, set_seed

@@ -10,6 +10,7 @@ then renamed: what is called step-* is whole, unless the disk changed it later, 
 import math
 import os
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from plumbing.errors import UserError
 from plumbing.files import read_json, write_json
 from plumbing.manifests import MANIFEST, checkpoints, describe, newest
-from plumbing.weights import load_pretrained, save_pretrained
+from plumbing.weights import load_model, save_pretrained
 
 
 @dataclass
@@ -35,7 +36,7 @@ class Checkpoint:
         Put the run back where it was: weights and optimizer states into these live objects, and the states of the
         random number generators. Raises UserError if they are not of the same shape as those saved.
         """
-        saved, _ = load_pretrained(self.path)
+        saved = load_model(self.path)
         try:
             model.load_state_dict(saved.state_dict())
         except RuntimeError as error:
@@ -85,7 +86,7 @@ def save_checkpoint(run_dir, step, model, tokenizer, optimizers, extra, keep=2):
         for path in [*temporary.iterdir(), temporary]:
             fsync(path)
         if final.exists():  # it keeps a name that loads until the new one has its own
-            shutil.rmtree(aside(final), ignore_errors=True)
+            discard(aside(final))
             final.rename(aside(final))
         temporary.rename(final)
         fsync(run_dir)
@@ -108,6 +109,14 @@ def aside(path):
     return path.with_name(f"{path.name}-replaced")
 
 
+def discard(path):
+    """Remove a folder, if it can be. It loses its name first: a kill meanwhile leaves no half of it there."""
+    gone = path.with_name(f".tmp-{path.name}")
+    with suppress(OSError):
+        path.rename(gone)
+        shutil.rmtree(gone)
+
+
 def prune(run_dir, step, keep):
     found = checkpoints(run_dir)
     spent = [aside(path) for _, path in found if aside(path).exists()]
@@ -120,7 +129,7 @@ def prune(run_dir, step, keep):
             continue  # no loss recorded, or not readable: no candidate
     best = min((path for path, loss in losses.items() if math.isfinite(loss)), key=losses.get, default=None)
     for path in spent + [path for path in past[keep:] if path != best]:
-        shutil.rmtree(path, ignore_errors=True)
+        discard(path)
 
 
 def load_checkpoint(run_dir):
@@ -132,6 +141,10 @@ def load_checkpoint(run_dir):
     if path is None:
         return None
     training = read_json(path / "training.json")
+    for key, kind in {"step": int, "extra": dict, "optimizers": list}.items():
+        if type(training.get(key)) is not kind:
+            raise UserError(f"{path / 'training.json'}: {key} is {training.get(key)!a:.60}, no {kind.__name__}; "
+                            f"remove {path} to go on from the checkpoint before it")
     return Checkpoint(path, training["step"], training["extra"], training["optimizers"])
 
 

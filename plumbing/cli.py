@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 import torch
 
-from plumbing.errors import Parser, UserError
+from plumbing.errors import REAL, WHOLE, Parser, UserError
 from plumbing.files import decode, read_text
 from plumbing.models import random_model
-from plumbing.tokenizers import StreamDecoder, Tokenizer
+from plumbing.tokenizers import StreamDecoder, Tokenizer, load_tokenizer
 from plumbing.utils import DTYPES, pick_device, set_seed
-from plumbing.weights import load_generation_config, load_pretrained
+from plumbing.weights import load_generation_config, load_model, locate
 
 MAX_PROMPT = 2**24  # bytes
 MAX_SAMPLES = 1024  # rows of one batch
@@ -31,17 +31,14 @@ class Request:
     tokenizer: Tokenizer | None  # None: the model is a random one
     prompt: str
     ids: list                    # of the prompt
+    begun: list                  # ids that a BART's text begins with, behind its start token
+    shown: str                   # what stands before the text that is generated
     max_new_tokens: int
     num_samples: int             # rows of the batch, all with the same prompt
     options: dict                # further arguments of generate(): strategy, ignore_eos, the fields of Choice
     json: bool
     stats: bool
     live: bool                   # print the text as it comes
-
-    @property
-    def shown(self):
-        """What stands before the text that is generated."""
-        return "" if self.model.config.is_encoder_decoder else self.prompt
 
     def decoder(self):
         return StreamDecoder(self.tokenizer)
@@ -58,34 +55,41 @@ def add_arguments(parser):
     add("--prompt", metavar="TEXT", help="text to continue (GPT) or to read (BART)")
     add("--prompt-file", metavar="PATH", help="the same from a file, - for standard input")
     add("stdin", nargs="?", metavar="-", help="the same from standard input")
-    add("--max-new-tokens", type=int, metavar="M", help=f"at most; default: {DEFAULT_NEW_TOKENS}, or what fits; prompt "
-        f"and new tokens together must fit the model's block_size")
-    add("--num-samples", type=int, default=1, metavar="N", help="texts from one prompt, as one batch")
-    add("--beams", type=int, metavar="N", help="1 = no beam search, whatever the model's generation_config.json says")
+    add("--max-new-tokens", type=WHOLE, metavar="M", help=f"at most; default: {DEFAULT_NEW_TOKENS}, or what "
+        f"fits: prompt + new tokens <= block_size; of a BART source <= block_size and 1 + new tokens <= block_size")
+    add("--num-samples", type=WHOLE, default=1, metavar="N", help="texts from one prompt, as one batch")
+    add("--beams", type=WHOLE, metavar="N", help="1 = no beam search, whatever the model's generation_config.json says")
     add("--ignore-eos", action="store_true", help="go on to --max-new-tokens")
     add("--json", action="store_true", help="for machines: one JSON object a line")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--dtype", choices=sorted(DTYPES), help="of the weights; default: as in the file")
-    add("--seed", type=int, help="of what is drawn; default: different every time")
-    parser.set_defaults(random=None, prompt_tokens=None, stats=False, no_stream=False)  # not every program has them
+    add("--seed", type=WHOLE, help="of what is drawn; default: different every time")
+    # not every program has them
+    parser.set_defaults(random=None, prompt_tokens=None, decoder_prompt=None, stats=False, no_stream=False)
+
+
+def add_decoder_prompt(parser):
+    parser.add_argument("--decoder-prompt", metavar="TEXT", help="what a BART's text begins with")
 
 
 def add_random(parser):
     """For bench.py: what a model costs does not depend on what it has learned."""
-    parser.add_argument("--random", metavar="CONFIG", help="an untrained model: a configuration or a preset, e.g. gpt2")
-    parser.add_argument("--prompt-tokens", type=int, metavar="N", help="its prompt: N random tokens")
+    parser.add_argument("--random", metavar="CONFIG", help="an untrained model: a configuration or a preset, e.g. "
+                        "gpt2, which any number of --model.key=value, e.g. --model.n_kv_head=1, change")
+    parser.add_argument("--prompt-tokens", type=WHOLE, metavar="N", help="its prompt: N random tokens")
 
 
 def parse(doc, args=None):
     """The arguments of generate.py as a namespace. Raises UserError on what is wrong whatever the model."""
     parser = Parser(prog="generate.py", description=doc)
     add_arguments(parser)
+    add_decoder_prompt(parser)
     add = parser.add_argument
     add("--strategy", default="cached", help="naive, hoisted (BART) or cached")
-    add("--temperature", type=float, help="0 = greedy")
-    add("--top-k", type=int, metavar="K", help="draw among the K most likely tokens")
-    add("--top-p", type=float, metavar="P", help="draw among the most likely tokens that have probability P together")
-    add("--min-p", type=float, metavar="P", help="draw among tokens at least P times as likely as the most likely one")
+    add("--temperature", type=REAL, help="0 = greedy")
+    add("--top-k", type=WHOLE, metavar="K", help="draw among the K most likely tokens")
+    add("--top-p", type=REAL, metavar="P", help="draw among the most likely tokens that have probability P together")
+    add("--min-p", type=REAL, metavar="P", help="draw among tokens at least P times as likely as the most likely one")
     add("--stats", action="store_true", help="what it took, on standard error")
     add("--no-stream", action="store_true", help="print the text when it is complete")
     args = parser.parse_args(args)
@@ -122,25 +126,31 @@ def read(args):
     check(args)
     model, tokenizer, published = load(args)
     prompt, ids = read_prompt(args, model, tokenizer)
-    max_new_tokens, rules = publishers_rules(args, model, tokenizer, published, len(ids))
+    begun = read_decoder_prompt(args, model, tokenizer)
+    start = model.config.starts(len(ids)) + len(begun)
+    max_new_tokens, rules = publishers_rules(args, model, tokenizer, published, start)
     # what an untrained model calls the end means nothing
     options = {"ignore_eos": args.ignore_eos or args.random is not None, **rules}
     given = {key: getattr(args, key, None) for key in ("strategy", "temperature", "top_k", "top_p", "min_p", "seed")}
     options |= {key: value for key, value in given.items() if value is not None}  # what is left out has its own default
-    return Request(model, tokenizer, prompt, ids, max_new_tokens, args.num_samples, options, args.json, args.stats,
-                   live=not args.no_stream and not args.json)
+    if begun:
+        options["decoder_prompts"] = [begun] * args.num_samples
+    shown = args.decoder_prompt or "" if model.config.is_encoder_decoder else prompt
+    return Request(model, tokenizer, prompt, ids, begun, shown, max_new_tokens, args.num_samples, options, args.json,
+                   args.stats, live=not args.no_stream and not args.json)
 
 
 def load(args):
     """The model in eval mode, its tokenizer (None if it is random), and its generation_config.json as a dict."""
     device, dtype = pick_device(args.device), DTYPES.get(args.dtype)
-    if args.random:
+    if args.random is not None:
         set_seed(args.seed or 0)
-        return random_model(args.random, dtype or torch.float32, device), None, {}
-    model, tokenizer = load_pretrained(args.model, dtype, device)
+        return random_model(args.random, dtype or torch.float32, device, args.overrides), None, {}
+    directory = locate(args.model)
+    tokenizer, model = load_tokenizer(directory), load_model(directory, dtype, device)
     if tokenizer is None:
         raise UserError(f"{args.model} has no tokenizer: put its vocab.json and merges.txt (or tokenizer.json) there")
-    return model, tokenizer, load_generation_config(args.model)
+    return model, tokenizer, load_generation_config(directory)
 
 
 def read_prompt(args, model, tokenizer):
@@ -154,9 +164,9 @@ def read_prompt(args, model, tokenizer):
     if args.prompt_file not in (None, "-"):
         text = read_text(args.prompt_file, MAX_PROMPT).removesuffix("\n")
     elif args.prompt is None:
-        text = decode("standard input", sys.stdin.buffer.read(MAX_PROMPT + 1)).removesuffix("\n")
+        text = decode("standard input", read_stdin()).removesuffix("\n")
     else:
-        text = decode("--prompt", args.prompt.encode("utf-8", "surrogatepass"))  # bytes that are no text are surrogates
+        text = typed("--prompt", args.prompt)
     if len(text) > MAX_PROMPT:
         raise UserError(f"the prompt on standard input is longer than {MAX_PROMPT:,} bytes: shorten it")
     ids = tokenizer.encode(text)
@@ -165,10 +175,31 @@ def read_prompt(args, model, tokenizer):
     return text, ids
 
 
-def publishers_rules(args, model, tokenizer, published, n_prompt):
+def read_decoder_prompt(args, model, tokenizer):
+    """The ids that the decoder of a BART continues: framed as what it was trained on, but for the end."""
+    if args.decoder_prompt is None:
+        return []
+    if args.random is not None or not model.config.is_encoder_decoder:
+        raise UserError("--decoder-prompt is for a BART with a tokenizer: leave it out; a GPT continues its --prompt")
+    ids = tokenizer.encode(typed("--decoder-prompt", args.decoder_prompt))
+    return ids[:-1] if tokenizer.seq2seq else ids
+
+
+def typed(flag, text):
+    return decode(flag, text.encode("utf-8", "surrogatepass"))  # bytes that are no text are surrogates
+
+
+def read_stdin():
+    try:
+        return sys.stdin.buffer.read(MAX_PROMPT + 1)
+    except (AttributeError, OSError):  # it is None where it is closed
+        raise UserError("standard input cannot be read: send a text to it, or use --prompt-file PATH") from None
+
+
+def publishers_rules(args, model, tokenizer, published, start):
     """
-    max_new_tokens, and the fields of Choice that a generation_config.json (as a dict) sets. Raises UserError on what
-    it asks for and nothing here can do, by its name.
+    max_new_tokens, and the fields of Choice that a generation_config.json (as a dict) sets. start: with how many tokens
+    the decoder starts. Raises UserError on what it asks for and nothing here can do, by its name.
     """
     for key, idle in UNSUPPORTED.items():
         if published.get(key, idle) not in (idle, None):
@@ -181,20 +212,20 @@ def publishers_rules(args, model, tokenizer, published, n_prompt):
         raise UserError(f"generation_config.json asks for num_beams={beams}{others}: beam search is not part of this "
                         f"program yet, pass --beams 1 to decode greedily")
     config = model.config
-    start, V = config.starts(n_prompt), config.vocab_size
+    real = min(tokenizer.n_vocab, config.vocab_size) if tokenizer else config.vocab_size  # a vocabulary may be padded
     max_new_tokens = args.max_new_tokens
     if max_new_tokens is None:
         longest = integer(published, "max_length", start + DEFAULT_NEW_TOKENS)
         longest = start + integer(published, "max_new_tokens", longest - start)
         max_new_tokens = max(1, min(longest, config.block_size) - start)
     least = max(integer(published, "min_length", 0), start + integer(published, "min_new_tokens", -start))
-    first = integer(published, "forced_bos_token_id", None, V)
+    first = integer(published, "forced_bos_token_id", None, real)
     return max_new_tokens, {
         "min_length": least,
         "no_repeat_ngram": integer(published, "no_repeat_ngram_size", 0) or None,
-        "forced_last": integer(published, "forced_eos_token_id", None, V),
+        "forced_last": integer(published, "forced_eos_token_id", None, real),
         "forced_first": first if config.is_encoder_decoder else None,
-        "n_vocab": tokenizer and min(tokenizer.n_vocab, V)}
+        "n_vocab": real}
 
 
 def integer(published, key, otherwise, below=2**31):

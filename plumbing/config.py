@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import re
 import tomllib
 from dataclasses import asdict, fields
 from types import UnionType
@@ -27,6 +28,12 @@ def read(path, overrides, sections):
         known(section, sections, "section")
         if not isinstance(table, dict):
             raise UserError(f"{section} in {path} is the value {table!r:.60}: it must be a table, [{section}]")
+    override_all(values, overrides, sections)
+    return {section: values.get(section, {}) for section in sections}
+
+
+def override_all(values, overrides, sections):
+    """Set in {section: {key: value}} what overrides say."""
     for override in overrides:
         name, equals, text = override.removeprefix("--").partition("=")
         section, dot, key = name.replace("-", "_").partition(".")
@@ -38,7 +45,6 @@ def read(path, overrides, sections):
             value = text
         known(section, sections, "section")
         values.setdefault(section, {})[key] = value
-    return {section: values.get(section, {}) for section in sections}
 
 
 def build(cls, values, section, **defaults):
@@ -57,6 +63,8 @@ def checked(name, value, kind, limit=2**63):
     allowed = get_args(kind) if isinstance(kind, UnionType) else (kind,)
     if isinstance(value, int | float) and not abs(value) < limit:  # nor is a NaN
         raise UserError(f"{name}={value!a:.60} must be a number below 2**{limit.bit_length() - 1}")
+    if isinstance(value, str) and re.search("[\0\ud800-\udfff]", value):  # found before a run that could not be saved
+        raise UserError(f"{name} is {value!a:.60}: it must be UTF-8 without null bytes")
     if type(value) is int and float in allowed and int not in allowed:
         value = float(value)
     if type(value) not in allowed:

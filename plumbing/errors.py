@@ -4,7 +4,9 @@
 """
 
 import argparse
+import os
 import re
+import signal
 import sys
 
 
@@ -16,8 +18,25 @@ class NonFiniteError(ArithmeticError):
     """A NaN or an infinity where a number was needed; going on would only spread it."""
 
 
+def plain(kind, name):
+    """A type for argparse: numbers as one writes them, of which int() and float() are not sure: 1_0 is ten to them."""
+    def read(text):
+        if "_" in text or not text.isascii():
+            raise ValueError
+        return kind(text)
+
+    read.__name__ = name  # what argparse calls it where it says no
+    return read
+
+
+WHOLE, REAL = plain(int, "whole number"), plain(float, "number")
+
+
 class Parser(argparse.ArgumentParser):
-    """argparse that accepts --max_new_tokens for --max-new-tokens, and reports a mistake in one line."""
+    """
+    argparse that accepts --max_new_tokens for --max-new-tokens, reports a mistake in one line, and collects what has
+    the form --model.key=value as `overrides`.
+    """
 
     def __init__(self, **kwargs):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
@@ -25,17 +44,38 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args=None, namespace=None):
         words = sys.argv[1:] if args is None else args
         words = [re.sub(r"^--[a-z_]+", lambda flag: flag[0].replace("_", "-"), word) for word in words]
-        return super().parse_args(words, namespace)
+        overrides = [word for word in words if word.startswith("--model.")]
+        args = super().parse_args([word for word in words if word not in overrides], namespace)
+        args.overrides = overrides
+        if overrides and getattr(args, "random", None) is None:
+            self.error(f"{overrides[0]!r:.60} changes an untrained model: give bench.py --random")
+        return args
 
     def error(self, message):
         raise UserError(f"{message} (see {self.prog} --help)")
 
 
+def leave(signum, frame):
+    print("interrupted", file=sys.stderr or open(os.devnull, "w"), flush=True)
+    os._exit(130)
+
+
+def guard_imports():
+    """Until run() is called, Ctrl-C ends the program at once: raised in an import, it may come out as anything."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # it is not where Ctrl-C is to be ignored
+        signal.signal(signal.SIGINT, leave)
+
+
 def run(main):
     """Call `main()` as a command-line program and leave the process with the right exit code."""
     code = 0
-    sys.stdout.reconfigure(encoding="utf-8")  # whatever the locale: a model writes what it has learned
+    if signal.getsignal(signal.SIGINT) is leave:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # None if it is closed, and print() would take stdout
     try:
+        if sys.stdout is None:
+            raise UserError("standard output is closed: send it to a file, or to /dev/null")
+        sys.stdout.reconfigure(encoding="utf-8")  # whatever the locale: a model writes what it has learned
         try:
             main()
         finally:

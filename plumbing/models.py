@@ -58,24 +58,33 @@ def read_model_config(values, tokenizer=None):
     return config
 
 
-def random_model(name, dtype, device):
+def random_config(name, overrides=()):
     """
-    An untrained model of any size, in eval mode: name is a preset ("bart-large") or a configuration file with a
-    [model] table. Raises UserError, before anything is allocated, if its weights do not fit the memory.
+    The class and the configuration of an untrained model: name is a preset ("bart-large") or a configuration file with
+    a [model] table, of which overrides, --model.key=value, change something.
+    """
+    if name in PRESETS:
+        values = {"model": {"type": PRESETS[name][0], "preset": name}}
+    elif os.path.exists(name):
+        values = configs.read(name, [], ("model", "data", "train"))
+    else:
+        raise UserError(f"{name!r} is neither a configuration file nor one of {', '.join(PRESETS)}")
+    configs.override_all(values, overrides, ("model",))
+    return model_class(values["model"]), read_model_config(values["model"])
+
+
+def random_model(name, dtype, device, overrides=()):
+    """
+    An untrained model of any size, in eval mode. Raises UserError, before anything is allocated, if its weights do not
+    fit the memory.
 
     With the weights that training starts from, a post-norm model with tied embeddings repeats one token for ever, and
     many a bug would go unseen. These make attention choosy, so that what is written depends on what was read, and varies.
     """
-    if name in PRESETS:
-        values = {"type": PRESETS[name][0], "preset": name}
-    elif os.path.exists(name):
-        values = configs.read(name, [], ("model", "data", "train"))["model"]
-    else:
-        raise UserError(f"{name!r} is neither a configuration file nor one of {', '.join(PRESETS)}")
-    config = read_model_config(values)
+    cls, config = random_config(name, overrides)
     check_memory(f"{name} in {dtype}", config, dtype.itemsize, device)
     with torch.device(device):
-        model = model_class(values)(config)
+        model = cls(config)
         for key, p in model.named_parameters():
             if p.dim() == 2:  # 1 / sqrt of what it sums up: a matrix then keeps the scale of what it is given
                 std = 0.3 if "wpe" in key else 0.1 if "wte" in key or "lm_head" in key else p.size(1) ** -0.5

@@ -1,29 +1,38 @@
 """A training run on disk: its checkpoints, its log, its loss curve, and stopping it without losing anything."""
 
+import fcntl
 import json
+import os
 import signal
 import sys
+import weakref
 from contextlib import contextmanager
 from pathlib import Path
 
 from tqdm import tqdm
 
 from plumbing.checkpoints import load_checkpoint, save_checkpoint
-from plumbing.errors import UserError
+from plumbing.errors import NonFiniteError, UserError
+from plumbing.files import read_bytes
+from plumbing.manifests import newest
 from plumbing.tokenizers import load_tokenizer
 
 # what a resumed run must have in common with the run it continues: all of these sections (None), or some of their keys
-RESUMABLE = {"model": None, "data": None, "text": None, "train": ("seed", "batch_size", "accumulation", "optimizer")}
+RESUMABLE = {"model": None, "data": None, "text": None, "train": ("seed", "batch_size", "accumulation", "optimizer",
+             "weight_decay", "beta2")}  # the optimizers come back with their own, and would not hear of others
+MAX_LOG = 2**31  # bytes of a log.jsonl
 
 
 class Run:
     """
     The run in a directory. step and val_loss: where its newest checkpoint stands, 0 and None for a new run; tokenizer:
-    the checkpoint's. Raises UserError if there is a run and `resume` was not asked for: a run is never overwritten.
+    the checkpoint's. Raises UserError if there is a run and `resume` was not asked for: a run is never overwritten; and
+    if another process is training there.
     """
 
     def __init__(self, out_dir, resume):
-        self.out, self.stop, self.val_loss = Path(out_dir), False, None
+        self.out, self.stop, self.val_loss, self.locked = Path(out_dir), False, None, None
+        self.lock()
         self.checkpoint = load_checkpoint(self.out)
         self.step = self.checkpoint.step if self.checkpoint else 0
         if self.checkpoint and not resume:
@@ -49,25 +58,42 @@ class Run:
             self.val_loss = was.get("val_loss")
         self.rewind_log()
 
+    def lock(self):
+        """Keep other trainings out of the directory, once it is there, as long as this object and its process live."""
+        if self.locked or not self.out.is_dir():
+            return
+        handle = os.open(self.out, os.O_RDONLY)
+        self.locked = weakref.finalize(self, os.close, handle)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another training is at work in {self.out}: wait for its end, or name another "
+                            f"--train.out_dir") from None
+        except OSError:
+            pass  # a file system without locks
+
     def rewind_log(self):
         """Keep of log.jsonl what happened up to the checkpoint; the rest will happen again."""
         lines = [json.dumps(line) + "\n" for line in self.history() if line["step"] <= self.step]
         beside = self.out / ".log.jsonl"
         try:
             self.out.mkdir(parents=True, exist_ok=True)
+            self.lock()
             beside.write_text("".join(lines))
             beside.replace(self.out / "log.jsonl")  # a kill finds the old log or the new one, never half of it
         except OSError as error:
             raise UserError(f"cannot write in {self.out}: {error.strerror}; name another with --train.out_dir")
 
     def history(self):
-        """The lines of log.jsonl as dicts, without any that a power cut left unfinished."""
+        """The lines of log.jsonl as dicts, without any that a power cut left unfinished or that hold no numbers."""
         path, lines = self.out / "log.jsonl", []
-        for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        for line in read_bytes(path, MAX_LOG).splitlines() if os.path.lexists(path) else []:
             try:
-                lines.append({"step": 0} | json.loads(line))
-            except (ValueError, TypeError, RecursionError):
+                numbers = {"step": 0} | json.loads(line)
+                sum(numbers.values(), 0.0)  # all of them are some
+            except (ValueError, TypeError, OverflowError, RecursionError):
                 continue
+            lines.append(numbers)
         return lines
 
     def log(self, step, **numbers):
@@ -94,7 +120,10 @@ class Run:
 
     @contextmanager
     def stoppable(self):
-        """Inside, a first Ctrl-C sets self.stop, to be honoured between two steps; a second one stops at once."""
+        """
+        Inside, a first Ctrl-C sets self.stop, to be honoured between two steps; a second one stops at once. What stops on
+        a number that is none is told where that was, what is left and what to do.
+        """
         def ask(signum, frame):
             self.stop = True
             signal.signal(signal.SIGINT, before)
@@ -102,6 +131,12 @@ class Run:
         before = signal.signal(signal.SIGINT, ask)
         try:
             yield
+        except NonFiniteError as error:
+            good = newest(self.out)
+            left = f"the last good checkpoint is {good}: resume it" if good else "there is no checkpoint yet: begin again"
+            lr = self.described["train"]["lr"]
+            raise NonFiniteError(f"{error} at step {self.bar.n + 1}; {left} with a lower --train.lr (it was {lr:g}) or "
+                                 f"--train.grad_clip") from None
         finally:
             signal.signal(signal.SIGINT, before)
 

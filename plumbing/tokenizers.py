@@ -260,7 +260,11 @@ def load_tokenizer(directory):
     held = {name: Path(directory, name) for name in names if os.path.lexists(Path(directory, name))}
     for vocab, merges in (names[:2], names[2:4]):  # the second two are what OpenAI called them
         if vocab in held and merges in held:
-            return BPETokenizer(parse_merges(held[merges], read_text(held[merges])), read_json(held[vocab]))
+            pairs, ids = parse_merges(held[merges], read_text(held[merges])), read_json(held[vocab])
+            try:
+                return BPETokenizer(pairs, ids)
+            except UserError as error:
+                raise UserError(f"{held[vocab]} and {merges}: {error}") from None
     if "tokenizer.json" in held:
         return load_tokenizer_json(held["tokenizer.json"])
     if held:
@@ -288,7 +292,7 @@ def load_tokenizer_json(path):
                 return BPETokenizer(pairs, vocab)
     except (KeyError, TypeError, AttributeError, ValueError) as error:  # not of the shape that was expected
         if isinstance(error, UserError):
-            raise
+            raise UserError(f"{path}: {error}") from None
     raise UserError(f"{path} is no tokenizer that can be read here; these can: byte-level BPE as GPT-2 and "
                     f"BART use it, and single characters")
 

@@ -9,6 +9,7 @@ and compared with config.json before anything is allocated, and nothing is ever 
 
 import os
 import re
+import sys
 from collections import namedtuple
 from dataclasses import fields
 from pathlib import Path
@@ -408,13 +409,26 @@ def locate(directory_or_name):
 
 def load_pretrained(directory_or_name, dtype=None, device="cpu"):
     """
-    A GPT or BART in eval mode and its tokenizer (None if there is none) from a Hugging Face directory, a run's
-    directory, or a name on the hub. dtype: None for that of the file's embedding. Raises UserError on anything amiss.
+    A GPT or BART in eval mode and its tokenizer from a Hugging Face directory, a run's directory, or a name on the hub.
+    dtype: None for that of the file's embedding. The tokenizer is None if there is none, or none that can be read: then
+    a line on stderr says why. Raises UserError on anything else that is amiss.
+    """
+    directory = locate(directory_or_name)
+    model = load_model(directory, dtype, device)
+    try:
+        return model, load_tokenizer(directory)
+    except UserError as error:
+        print(f"no tokenizer: {error}", file=sys.stderr)
+        return model, None
+
+
+def load_model(directory, dtype=None, device="cpu"):
+    """
+    The model of a directory, as load_pretrained() has it.
 
     On the CPU, GPT-2's transposed matrices stay as they are stored, as views: nothing is copied, and a decoded token's
     matrix-vector products are up to 1.6 times as fast in fp32 (MKL, measured) and equally fast in bf16.
     """
-    directory = locate(directory_or_name)
     fmt, own, config = read_config(directory)
     read_generation_ids(directory, config)
     stored = read_headers(directory, fmt, own)
@@ -444,7 +458,7 @@ def load_pretrained(directory_or_name, dtype=None, device="cpu"):
         with torch.device(device), Uninitialised():
             model = fmt.model(config).to(dtype)
     model.load_state_dict(state, assign=True)  # the tensors become the parameters, tied ones stay one
-    return model.eval(), load_tokenizer(directory)
+    return model.eval()
 
 
 def save_pretrained(directory, model, tokenizer=None):
@@ -470,7 +484,7 @@ def save_pretrained(directory, model, tokenizer=None):
         raise UserError(f"cannot write {directory}: {error}; check the path, the disk and its permissions") from None
 
 
-def load_generation_config(directory_or_name):
+def load_generation_config(directory):
     """How a model's publishers would have it generate: generation_config.json as a dict, {} if there is none."""
-    path = locate(directory_or_name) / "generation_config.json"
+    path = Path(directory, "generation_config.json")
     return read_json(path) if os.path.lexists(path) else {}

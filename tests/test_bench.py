@@ -37,6 +37,8 @@ def test_a_random_model_is_removed_again(tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "fresh", lambda function, *args: function(*args))
     outcome = call(bench.main, "load", "--random", "tiny", "--dtype", "bfloat16", "--pairs", 1)
     assert outcome.code == 0 and "load tiny, bfloat16, cpu" in outcome.out, outcome
+    wider = call(bench.main, "load", "--random", "tiny", "--pairs", 1, "--json", "--model.n_embd=64")
+    assert json.loads(wider.out)["file_bytes"] > 4 * 12 * 64**2
     assert not any(tmp_path.iterdir())
 
 

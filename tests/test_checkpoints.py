@@ -19,6 +19,7 @@ import plumbing.checkpoints as checkpoints
 from model import BART, GPT
 from plumbing.checkpoints import load_checkpoint, save_checkpoint
 from plumbing.errors import UserError
+from plumbing.manifests import verify
 from plumbing.weights import load_pretrained, save_pretrained
 
 ROOT = Path(__file__).parent.parent
@@ -268,6 +269,17 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_previous_one(what, tmp_path
         load_checkpoint(tmp_path)
 
 
+@pytest.mark.parametrize("training", [{}, {"step": "1", "extra": {}, "optimizers": []}, {"step": 1, "extra": None},
+                                      {"step": 1, "extra": {}, "optimizers": {}}], ids=str)
+def test_what_a_checkpoint_says_of_its_training_is_checked(training, tmp_path):
+    path = save(tmp_path, 1)
+    (path / "training.json").write_text(json.dumps(training))
+    (path / "manifest.json").unlink()
+    (path / "manifest.json").write_text(json.dumps(checkpoints.describe(path)))
+    with pytest.raises(UserError, match="training.json: (step|extra|optimizers) is"):
+        load_checkpoint(tmp_path)
+
+
 def test_replacing_a_step_leaves_no_moment_without_it(tmp_path, monkeypatch):
     save(tmp_path, 1)
     shas = lambda: load_checkpoint(tmp_path).step
@@ -280,7 +292,24 @@ def test_replacing_a_step_leaves_no_moment_without_it(tmp_path, monkeypatch):
         return result
     monkeypatch.setattr(Path, "rename", watched)
     save(tmp_path, 1)
-    assert seen == [1, 1, 1, 1] and steps(tmp_path) == [1]
+    assert len(seen) >= 4 and set(seen) == {1} and steps(tmp_path) == [1]
+
+
+@pytest.mark.parametrize("step", [2, 3])  # one that is replaced, and one that is past
+def test_killed_while_an_old_one_goes_no_half_of_it_keeps_its_name(step, tmp_path, monkeypatch):
+    def killed(path):
+        (path / "config.json").unlink()
+        raise KeyboardInterrupt
+
+    save(tmp_path, 1), save(tmp_path, 2)
+    monkeypatch.setattr(checkpoints.shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save(tmp_path, step)
+    for path in tmp_path.glob("step-*"):
+        verify(path)
+    monkeypatch.undo()
+    save(tmp_path, 4)
+    assert steps(tmp_path) == [step, 4]  # and nothing is hidden
 
 
 @pytest.mark.parametrize("name", ["save_file", "write_json", "fsync", "save_pretrained"])

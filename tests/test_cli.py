@@ -6,15 +6,19 @@ import shlex
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
+import torch
 from conftest import BART_TOML, GPT_TOML, ROOT, TEXT, call, finish, shell, train_run
 
 import bench
 import generate
+import model
 import sampling
 import train
 from plumbing.errors import UserError, run
+from plumbing.weights import load_pretrained, save_pretrained
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +90,17 @@ BAD_GENERATE = {  # arguments: what the line on stderr must name
     f"{GPT} --max-new-tokens -5": "max_new_tokens=-5",
     f"{GPT} --max-new-tokens 1e9": "1e9",
     f"{GPT} --max-new-tokens 1000000000": "1000000000",
-    f"{GPT} --max-new-tokens abc": "abc",
+    f"{GPT} --max-new-tokens abc": "'abc'",
+    f"{GPT} --max-new-tokens 1_0": "whole number value: '1_0'",
+    f"{GPT} --max-new-tokens \uff11\uff10": "\uff11\uff10",
+    f"{GPT} --num-samples 1_0": "'1_0'",
+    f"{GPT} --beams \u0661": "--beams",
+    f"{GPT} --temperature 1_0": "number value: '1_0'",
+    f"{GPT} --temperature 1 --top-k 1_0": "'1_0'",
+    f"{GPT} --temperature 1 --top-p \uff11": "--top-p",
+    f"{GPT} --temperature 1 --seed 1_0": "'1_0'",
+    f"{GPT} --temperature 1 --seed {2**64}": "at least 0 and less than 2**63",
+    f"{GPT} --temperature 1 --top-k {2**64}": "at least 1 and less than 2**63",
     f"{GPT} --max-new-tokens 62": "block_size=64",
     f"{GPT} --max-new-tokens " + "9" * 5000: "max-new-tokens",
     "--model {bart} --prompt abc --max-new-tokens 12": "block_size=12",
@@ -115,6 +129,11 @@ BAD_GENERATE = {  # arguments: what the line on stderr must name
     f"{GPT} --beams 0": "--beams 0",
     f"{GPT} --top-k 5": "set --temperature",
     f"{GPT} --compare": "--compare",
+    f"{GPT} --decoder-prompt the": "--decoder-prompt",
+    f"{GPT} --model.n_head=1": "--model.n_head=1",
+    "--model {bart} --prompt abc --decoder-prompt caf\udce9": "UTF-8",
+    "--model {bart} --prompt abc --decoder-prompt Z": "'Z'",
+    "--model {bart} --prompt abc --decoder-prompt abcdefghijk": "block_size=12",
     f"{GPT} --prompt-tokens 3": "--prompt-tokens",
     "--random gpt2 --prompt the": "--random",
 }
@@ -138,8 +157,19 @@ BAD_BENCH = {
     f"compare {GPT} --prompt-tokens 3": "one prompt",
     "compare --model {gpt} --prompt-tokens 3": "--prompt-tokens",
     "compare --random unknown --prompt-tokens 3": "unknown",
+    "compare --random gpt2 --prompt-tokens 3 --model.n_heads=1": "'n_head'",
+    "compare --random gpt2 --prompt-tokens 3 --model.n_kv_head=5": "n_kv_head=5",
+    "compare --random gpt2 --prompt-tokens 3 --model.n_layer": "--model.n_layer",
+    f"compare {GPT} --model.n_layer=1": "--random",
+    "load --model {gpt} --model.n_layer=1": "--random",
+    "load --random gpt2 --model.n_heads=1": "'n_head'",
+    "compare --random '' --prompt-tokens 3": "''",
+    "load --model ''": "''",
+    "load --random gpt2 --pairs 1_0": "'1_0'",
+    "compare --random gpt2 --prompt-tokens 1_0": "'1_0'",
     "compare --random gpt2": "prompt",
     "trace --random gpt2 --prompt the": "--prompt-tokens",
+    "trace --random {tmp}/bart.toml --prompt-tokens 3 --decoder-prompt a": "--decoder-prompt",
     "compare --random gpt2 --prompt-tokens 0": "--prompt-tokens 0",
     "compare --random {tmp}/gpt.toml --prompt-tokens 9999999999999": "block_size",
     "compare --random {tmp}/huge.toml --prompt-tokens 3": "GiB",
@@ -244,6 +274,8 @@ BAD_TRAIN = {
     f"{TRAIN} --train.out_dir={{tmp}}/notes.txt": "notes.txt",
     f"{TRAIN} --train.out_dir={{tmp}}/notes.txt/run": "notes.txt",
     f"{TRAIN} --train.out_dir=/proc/run": "/proc",
+    f"{TRAIN} --train.out_dir={{tmp}}/caf\udce9": "UTF-8",
+    f"{TRAIN} '--train.out_dir=\"a\\u0000b\"'": "null",
     f"{TRAIN} --train.out_dir={{gpt}}": "--train.resume=true",
     f"{TRAIN} --train.out_dir={{gpt}} --train.resume=true --model.n_layer=3": "model.n_layer",
     f"{TRAIN} --train.out_dir={{gpt}} --train.resume=true --data.source={{tmp}}/other.txt": "data.source",
@@ -314,6 +346,27 @@ def test_a_full_disk_behind_stdout_is_one_line(places):
     assert process.returncode == 2 and err.count(b"\n") == 1 and err.startswith(b"error: ")
 
 
+@pytest.mark.parametrize("line, closed", [
+    (f"generate.py {GPT}", ">&-"), ("generate.py --model {gpt} -", "<&-"), (f"bench.py compare {GPT}", ">&-"),
+    ("bench.py compare --model {gpt} -", "<&-"), ("train.py {tmp}/gpt.toml --train.out_dir={tmp}/new", ">&-")])
+def test_a_stream_that_is_closed_is_refused(line, closed, places):
+    program, *args = words(line, places)
+    command = shlex.join([sys.executable, str(ROOT / program), *args])
+    assert_refused(finish(subprocess.Popen(f"{command} {closed}", shell=True, stdout=subprocess.PIPE,
+                                           stderr=subprocess.PIPE)))
+
+
+def test_with_nobody_to_tell_an_error_it_does_not_go_to_stdout_and_training_goes_on(places, tmp_path):
+    out = tmp_path / "out"
+    train_line = f"{places['tmp']}/gpt.toml --train.out_dir={out} --train.steps=1 --train.eval_batches=1"
+    for line, code in ((f"generate.py --model {places['gpt']} --prompt ''", 2), (f"train.py {train_line}", 0)):
+        process = subprocess.Popen(f"{sys.executable} {ROOT}/{line} <&- 2>&-", shell=True, stdout=subprocess.PIPE,
+                                   stderr=subprocess.PIPE)
+        outcome = finish(process)
+        assert outcome.code == code and "error" not in outcome.out, outcome
+    assert f"step 1: saved {out}" in outcome.out
+
+
 def test_every_way_to_give_a_prompt_gives_the_same_text(places):
     file, start = places["tmp"] / "given.txt", ["--model", places["gpt"], "--max-new-tokens", 9]
     file.write_text("the dog 你好\n")
@@ -323,6 +376,18 @@ def test_every_way_to_give_a_prompt_gives_the_same_text(places):
     assert call(generate.main, *start, "-", stdin=file.read_bytes()) == outcome
     assert call(generate.main, *start, "--prompt-file", "-", stdin=file.read_bytes()) == outcome
     assert call(generate.main, "-", *start, stdin="the dog 你好".encode()) == outcome
+
+
+def test_a_decoder_prompt_is_continued_and_shown_like_the_prompt_of_a_gpt(tiny_bart):
+    args = ["--model", tiny_bart.path, "--prompt", "abcde"]
+    whole = call(generate.main, *args).out
+    assert len(whole) > 4
+    for flags in ([], ["--no-stream"], ["--strategy", "naive"], ["--stats"]):
+        assert call(generate.main, *args, *flags, "--decoder-prompt", whole[:3]).out == whole
+    line, rest = (json.loads(call(generate.main, *args, "--json", *more).out) for more in ([], ["--decoder-prompt", whole[:3]]))
+    assert rest["text"] == whole[3:-1] and rest["ids"] == line["ids"][4:]  # they begin with <s>
+    records = [json.loads(text) for text in call(bench.main, "trace", *args, "--json", "--decoder-prompt", whole[:3]).out.splitlines()]
+    assert {r["out"][-2] for r in records if r["attention"] == "self" and r["step"] == 1 and r["phase"] != "encode"} == {5}
 
 
 def test_underscores_do_as_well_as_hyphens(places):
@@ -385,7 +450,8 @@ def published(tiny_bart, tmp_path):
 @pytest.mark.parametrize("lines", [
     {"num_beams": 4, "length_penalty": 2.0}, {"num_beams": "four"}, {"num_beams": [4] * 1000}, {"repetition_penalty": 1.2},
     {"bad_words_ids": [[n] for n in range(1000)]}, {"min_length": -1}, {"max_length": 1.5}, {"no_repeat_ngram_size": "x"},
-    {"forced_eos_token_id": [2]}, {"eos_token_id": [2, 500]}, {"eos_token_id": "x"}, {"eos_token_id": -5}, {"eos_token_id": []}, {"stop_strings": ["x"]}, {"typical_p": 0.9}, {"forced_bos_token_id": 10**6}, {"decoder_start_token_id": 10**6}], ids=str)
+    {"forced_eos_token_id": [2]}, {"eos_token_id": [2, 500]}, {"eos_token_id": [500]},
+    {"eos_token_id": "x"}, {"eos_token_id": -5}, {"eos_token_id": [-5]}, {"eos_token_id": ["x"]}, {"eos_token_id": []}, {"stop_strings": ["x"]}, {"typical_p": 0.9}, {"forced_bos_token_id": 10**6}, {"decoder_start_token_id": 10**6}], ids=str)
 def test_what_cannot_be_honoured_is_refused_by_name(published, lines):
     outcome = published(**lines)
     assert_refused(outcome)
@@ -410,6 +476,25 @@ def test_lengths_and_forced_ids_are_honoured(published, tiny_bart):
     assert len(ids("--max-new-tokens", 2, max_length=9)) == 2
 
 
+@pytest.mark.parametrize("kind", ["gpt", "bart"])
+def test_a_vocabulary_may_be_padded_beyond_its_tokenizer(kind, tiny_gpt, tiny_bart, tmp_path):
+    _, tokenizer, _ = {"gpt": tiny_gpt, "bart": tiny_bart}[kind]
+    cls = {"gpt": model.GPT, "bart": model.BART}[kind]
+    config = replace(cls.get_default_config(), n_head=1, n_embd=4, vocab_size=400, block_size=20)
+    save_pretrained(tmp_path, cls(config), tokenizer)
+
+    def outcome(**published):
+        (tmp_path / "generation_config.json").write_text(json.dumps(published))
+        return call(generate.main, "--model", tmp_path, "--prompt", "abc", "--json", "--max-new-tokens", 9)
+
+    for key in ("forced_eos_token_id", "forced_bos_token_id"):
+        refused = outcome(**{key: 399})
+        assert_refused(refused)
+        assert f"{key}=399" in refused.err and f"0 to {tokenizer.n_vocab - 1}" in refused.err
+    done = outcome(min_length=6, eos_token_id=399)
+    assert done.code == 0 and done.err == "" and len(json.loads(done.out)["ids"]) == 9
+
+
 def test_each_of_several_published_ends_is_honoured(published):
     ids = lambda **lines: json.loads(published(**lines).out)["ids"]
     whole = ids()
@@ -417,6 +502,30 @@ def test_each_of_several_published_ends_is_honoured(published):
     assert ids(eos_token_id=[whole[-1], whole[3]]) == whole[:4]
     assert ids(eos_token_id=[whole[2]]) == whole[:3] and ids(eos_token_id=whole[1]) == whole[:2]
     assert not {whole[3], whole[1]} & set(ids(eos_token_id=[whole[3], whole[1]], min_length=4)[:3])
+
+
+def test_a_tokenizer_that_cannot_be_read_is_named_and_its_model_still_loads(tiny_gpt, tmp_path, capsys):
+    save_pretrained(tmp_path, tiny_gpt.model, tiny_gpt.tokenizer)
+    (tmp_path / "vocab.json").write_text("{}")
+    loaded, tokenizer = load_pretrained(tmp_path)
+    said = capsys.readouterr()
+    assert tokenizer is None and said.out == "" and said.err.count("\n") == 1 and str(tmp_path / "vocab.json") in said.err
+    assert all(torch.equal(x, loaded.state_dict()[name]) for name, x in tiny_gpt.model.state_dict().items())
+    for main, section in ((generate.main, []), (bench.main, ["compare"])):
+        outcome = call(main, *section, "--model", tmp_path, "--prompt", "the")
+        assert_refused(outcome)
+        assert str(tmp_path / "vocab.json") in outcome.err
+
+
+@pytest.mark.parametrize("name, n_head", [("gpt2", 12), ("{tmp}/gpt.toml", 4)])
+def test_a_random_model_is_changed_by_overrides(name, n_head, places):
+    def cache_bytes(n_kv_head):
+        sizes = dict(n_layer=1, n_head=n_head, n_embd=24, vocab_size=99, eos_id=3, n_kv_head=n_kv_head)
+        outcome = call(bench.main, "compare", "--random", name.format(**places), "--prompt-tokens", 3, "--max-new-tokens", 4,
+                       "--json", *(f"--model.{key}={value}" for key, value in sizes.items()))
+        return json.loads(outcome.out)["strategies"][-1]["self_cache_bytes"]
+
+    assert cache_bytes(n_head) == n_head * cache_bytes(1) > 0
 
 
 # -----------------------------------------------------------------------------
@@ -431,6 +540,18 @@ def test_control_c_in_a_generation_exits_130(places):
     assert outcome.code == 130 and outcome.err == "interrupted\n"
 
 
+@pytest.mark.parametrize("program", ["generate.py", "bench.py", "train.py"])
+def test_control_c_while_torch_is_imported_exits_130(program, tmp_path):
+    """As some of its parts do, this torch makes another error of whatever is raised while it is imported."""
+    (tmp_path / "torch.py").write_text("import time\nprint('importing', flush=True)\ntry: time.sleep(30)\n"
+                                       "except BaseException: raise ImportError('initialization failed')")
+    process = shell(program, "--help", env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    assert process.stdout.readline() == b"importing\n"
+    process.send_signal(signal.SIGINT)
+    outcome = finish(process)
+    assert (outcome.code, outcome.out, outcome.err) == (130, "", "interrupted\n")
+
+
 @pytest.mark.parametrize("program", ["generate.py", "train.py"])
 def test_help_is_there_and_imports_nothing_heavy(program):
     code = (f"import runpy, sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv = ['{program}', '--help']\n"
@@ -441,6 +562,7 @@ def test_help_is_there_and_imports_nothing_heavy(program):
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0 and not result.stderr.strip(), result.stderr
     assert "--train.steps=2000" in result.stdout if program == "train.py" else "--max-new-tokens" in result.stdout
+    assert program == "train.py" or "prompt + new tokens <= block_size" in " ".join(result.stdout.split())
 
 
 def test_exit_codes_have_one_home(capsys):

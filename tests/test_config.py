@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from model import BART, GPT
 from plumbing import config as configs
-from plumbing.data import DataConfig
+from plumbing.data import DataConfig, load_data
 from plumbing.errors import UserError
 from plumbing.models import (MODELS, check_memory, count_parameters, model_class, preset_config, random_model,
                              read_model_config)
@@ -72,6 +72,19 @@ def test_every_value_in_configs_has_its_reason_beside_it(path):
     for line in path.read_text().splitlines():
         if re.match(r"\s*\w+\s*=", line) and not re.match("type|out_dir", line):  # names, not values
             assert len(line.partition("#")[2].strip()) >= 5, line
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_the_number_of_parameters_that_a_file_names_is_right(path):
+    values = configs.read(path, [], SECTIONS)
+    if values["data"]["source"] == "shakespeare":  # behind the network
+        values["model"] = {"vocab_size": 65} | values["model"]
+        config = read_model_config(values["model"])
+    else:
+        tokenizer = load_data(configs.build(DataConfig, values["data"], "data"), seq2seq=model_class(values["model"]) is BART)[1]
+        config = read_model_config(values["model"], tokenizer)
+    named = re.findall(r"([\d.]+) ?M\b", path.read_text())
+    assert named and all(f"{count_parameters(config) / 1e6:.{len(n.partition('.')[2])}f}" == n for n in named)
 
 
 # -----------------------------------------------------------------------------

@@ -304,7 +304,16 @@ def test_a_block_is_filled_to_its_last_position():
     (dict(prompts=[[-1]]), "-1"), (dict(prompts=[[0.5]]), "0.5"), (dict(max_new_tokens=0), "max_new_tokens=0"),
     (dict(max_new_tokens=-5), "max_new_tokens=-5"), (dict(strategy="hoisted"), "'hoisted' naive, cached"),
     (dict(decoder_prompts=[[1]]), "encoder-decoder"), (dict(temperature=-1), "temperature=-1"),
-    (dict(temperature=float("nan")), "temperature=nan"), (dict(top_k=0), "top_k=0"), (dict(top_p=1.5), "top_p=1.5")])
+    (dict(temperature=float("nan")), "temperature=nan"), (dict(top_k=0), "top_k=0"), (dict(top_p=1.5), "top_p=1.5"),
+    (dict(top_k=2.5), "top_k=2.5"), (dict(top_k=True), "top_k=True"), (dict(top_k=2**64), "less than 2**63"),
+    (dict(seed=1.5), "seed=1.5"), (dict(seed="1"), "seed='1'"), (dict(seed=2**64), "less than 2**63"),
+    (dict(no_repeat_ngram=1.5), "no_repeat_ngram=1.5"), (dict(min_length=1.5), "min_length=1.5"),
+    (dict(min_length=None), "min_length=None"), (dict(temperature=None), "temperature=None 0 (greedy)"),
+    (dict(temperature="1"), "temperature='1'"), (dict(top_p="1"), "top_p='1'"), (dict(min_p=[1]), "min_p=[1]"),
+    (dict(max_new_tokens=2.5), "max_new_tokens=2.5"), (dict(max_new_tokens=True), "max_new_tokens=True"),
+    (dict(prompts=[1, 2]), "prompt 0 is 1 a list of ids"), (dict(prompts=torch.tensor([1])), "tensor(1) tolist()"),
+    (dict(prompts=torch.tensor([[1]])), "tensor([1]) tolist()"), (dict(prompts=["the"]), "'the' a list of ids"),
+    (dict(prompts=[[True]]), "True"), (dict(forced_last=1.5), "1.5")])
 def test_bad_requests_are_refused_with_the_value_and_the_limit(arguments, words):
     model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=4, vocab_size=13, block_size=10))
     with pytest.raises(UserError) as error:
@@ -314,11 +323,21 @@ def test_bad_requests_are_refused_with_the_value_and_the_limit(arguments, words)
 
 def test_bad_requests_to_an_encoder_decoder_are_refused():
     model = BART(BARTConfig(n_encoder_layer=1, n_decoder_layer=1, n_head=1, n_embd=4, vocab_size=13, block_size=10))
-    for arguments in (dict(decoder_prompts=[]), dict(decoder_prompts=[[1], [2]]), dict(decoder_prompts=[[13]])):
+    for arguments in (dict(decoder_prompts=[]), dict(decoder_prompts=[[1], [2]]), dict(decoder_prompts=[[13]]),
+                      dict(decoder_prompts=[1])):
         with pytest.raises(UserError, match="decoder prompt"):
             generate(model, [[1]], 2, **arguments)
     with pytest.raises(UserError, match="source of 11 tokens .*block_size=10"):
         generate(model, [[1] * 11], 2)
+
+
+@pytest.mark.parametrize("kind", ["gpt", "bart"])
+def test_prompts_may_come_from_a_generator_and_the_model_may_be_compiled(kind):
+    model, prompts, M = random_model(3, kind)
+    for strategy in strategies(model):
+        rows = generate(model, prompts, M, strategy=strategy)
+        assert generate(model, (tuple(prompt) for prompt in prompts), M, strategy=strategy) == rows
+        assert generate(torch.compile(model, backend="eager"), prompts, M, strategy=strategy) == rows
 
 
 def test_no_prompts_give_no_texts():

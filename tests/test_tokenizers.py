@@ -314,6 +314,7 @@ def test_hostile_files_are_refused_in_one_line(trained, tmp_path, name):
     spoil(tmp_path)
     with pytest.raises(UserError) as caught:
         load_tokenizer(tmp_path)
+    assert str(tmp_path) in str(caught.value)
     assert words in str(caught.value) and "\n" not in str(caught.value) and len(str(caught.value)) < 400
 
 
@@ -332,7 +333,7 @@ def test_hostile_files_are_refused_in_one_line(trained, tmp_path, name):
 ])
 def test_a_foreign_tokenizer_json_is_refused(tmp_path, whole):
     (tmp_path / "tokenizer.json").write_text(json.dumps(whole))
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match="/tokenizer.json"):
         load_tokenizer(tmp_path)
 
 

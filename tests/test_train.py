@@ -192,6 +192,24 @@ def test_a_log_without_a_checkpoint_is_that_of_a_run_that_came_to_nothing(tmp_pa
     assert [line["step"] for line in log(tmp_path / "out")] == [1, 2, 2]
 
 
+def test_lines_of_a_log_that_hold_no_numbers_are_passed_over(tmp_path):
+    train_run(tmp_path, GPT_TOML, "--train.steps=2", "--train.log_every=1")
+    before = untimed(tmp_path / "out")
+    with open(tmp_path / "out" / "log.jsonl", "a") as file:
+        file.write('{"step": null}\n{"step": "1"}\n{"step": 1, "loss": []}\n[]\n3\n{"step": 1, "loss": 1' + "0" * 400 + "}\n")
+    train_run(tmp_path, GPT_TOML, "--train.steps=3", "--train.log_every=1", "--train.resume=true")
+    assert untimed(tmp_path / "out")[: len(before)] == before and load_checkpoint(tmp_path / "out").step == 3
+    assert [line["step"] for line in log(tmp_path / "out") if "loss" in line] == [1, 2, 3]
+
+
+def test_a_log_that_is_no_file_is_refused_and_not_waited_for(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "config.toml").write_text(GPT_TOML.replace("{source}", "pydoc"))
+    os.mkfifo(tmp_path / "out" / "log.jsonl")
+    outcome = call(train.main, tmp_path / "config.toml", f"--train.out_dir={tmp_path / 'out'}", "--train.steps=1")
+    assert outcome.code == 2 and "log.jsonl is not a regular file" in outcome.err and outcome.err.count("\n") == 1
+
+
 def test_a_finished_run_resumed_is_as_it_was(tmp_path):
     train_run(tmp_path, GPT_TOML, "--train.steps=2")
     before = sha256(tmp_path / "out", 2), log(tmp_path / "out")
@@ -199,9 +217,10 @@ def test_a_finished_run_resumed_is_as_it_was(tmp_path):
     assert before == (sha256(tmp_path / "out", 2), log(tmp_path / "out"))
 
 
-def test_a_run_is_not_resumed_with_other_batches(tmp_path):
+def test_a_run_is_not_resumed_with_other_batches_nor_with_what_its_optimizers_would_not_hear_of(tmp_path):
     train_run(tmp_path, GPT_TOML, "--train.steps=2")
-    for change in ("--train.accumulation=7", "--train.batch_size=5", "--train.seed=99"):
+    for change in ("--train.accumulation=7", "--train.batch_size=5", "--train.seed=99", "--train.weight_decay=0.5",
+                   "--train.beta2=0.5"):
         outcome = call(train.main, tmp_path / "config.toml", f"--train.out_dir={tmp_path / 'out'}", "--train.steps=3",
                        "--train.resume=true", change)
         assert outcome.code == 2 and change[2:].split("=")[0] in outcome.err
@@ -264,6 +283,37 @@ def test_control_c_stops_a_real_run_between_two_steps_and_saves(tmp_path):
     assert step == load_checkpoint(tmp_path / "out").step == log(tmp_path / "out")[-1]["step"] > 1
 
 
+def test_one_directory_has_one_training_and_a_killed_one_leaves_no_lock(tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT)
+    (tmp_path / "config.toml").write_text(GPT_TOML.replace("{source}", str(tmp_path / "text.txt")))
+    line = [tmp_path / "config.toml", f"--train.out_dir={tmp_path / 'out'}", "--train.resume=true", "--train.log_every=1"]
+    first = shell("train.py", *line, "--train.steps=1000000")
+    while not (tmp_path / "out" / "log.jsonl").exists() or len(log(tmp_path / "out")) < 2:
+        time.sleep(0.02)
+        assert first.poll() is None
+    outcome = call(train.main, *line, "--train.steps=1")
+    assert outcome.code == 2 and "another training" in outcome.err and outcome.err.count("\n") == 1, outcome
+    first.kill()
+    finish(first)
+    for steps in (61, 62):  # in one process, one after the other
+        assert call(train.main, *line, f"--train.steps={steps}", "--train.eval_batches=1").code == 0
+
+
+def test_a_training_that_began_while_we_read_is_noticed(tmp_path, monkeypatch):
+    """Both begin in a directory that is not there yet."""
+    train_run(tmp_path / "before", GPT_TOML, "--train.steps=1")
+    load_data, others = train.load_data, []
+
+    def slow(*args, **kwargs):
+        (tmp_path / "out").mkdir()
+        others.append(Run(tmp_path / "out", True))
+        return load_data(*args, **kwargs)
+
+    monkeypatch.setattr(train, "load_data", slow)
+    outcome = call(train.main, tmp_path / "before" / "config.toml", f"--train.out_dir={tmp_path / 'out'}")
+    assert outcome.code == 2 and "another training" in outcome.err and not any((tmp_path / "out").iterdir())
+
+
 def test_a_second_control_c_stops_at_once(tmp_path, monkeypatch):
     update = train.update
 
@@ -312,7 +362,9 @@ def test_a_loss_that_is_no_number_exits_3_and_the_last_good_checkpoint_is_there(
     outcome = call(train.main, tmp_path / "config.toml", f"--train.out_dir={tmp_path / 'out'}", "--train.resume=true",
                    "--train.steps=50", "--train.lr=1e10", "--train.warmup_steps=0")
     assert outcome.code == 3 and "Traceback" not in outcome.err
-    assert outcome.err.splitlines()[-1].startswith("stopped: the loss is")
+    said = outcome.err.splitlines()[-1]
+    assert said.startswith("stopped: the loss is") and re.search(r"at step ([3-9]|\d\d)\b", said)
+    assert str(tmp_path / "out" / "step-00000002") in said and "--train.lr" in said and "1e+10" in said and "resume" in said
     assert sha256(tmp_path / "out", 2) == before and load_checkpoint(tmp_path / "out").step == 2
     load_pretrained(tmp_path / "out")
 
@@ -348,5 +400,7 @@ def test_a_poisoned_weight_is_noticed_before_the_step(tmp_path, monkeypatch):
 
     train_run(tmp_path, GPT_TOML, "--train.steps=1")
     monkeypatch.setattr(train, "update", poisoned)
-    outcome = call(train.main, tmp_path / "config.toml", f"--train.out_dir={tmp_path / 'out'}", "--train.resume=true")
-    assert outcome.code == 3 and "the loss is nan" in outcome.err
+    for out in ("out", "new"):
+        outcome = call(train.main, tmp_path / "config.toml", f"--train.out_dir={tmp_path / out}", "--train.resume=true")
+        assert outcome.code == 3 and f"the loss is nan and its gradient's norm nan at step {1 + (out == 'out')};" in outcome.err
+    assert "no checkpoint yet" in outcome.err
