@@ -209,6 +209,15 @@ def test_a_bug_in_a_later_layer_is_found_there():
     assert (found["verdict"], found["step"], found["layer"], found["kind"]) == ("bug", 2, 2, "values")
 
 
+def test_decoder_prompts_are_compared_too():
+    model = bart()
+    assert not compared(model, decoder_prompts=[[7, 8], [9]])["bug"]
+    found = compare(model, {"naive": program.naive, "mine": lambda model, sources, B, room, choose: program.cached(
+        model, [source[::-1] for source in sources], B, room, choose)}, PROMPTS, 8, decoder_prompts=[[7, 8], [9]],
+        ignore_eos=True)["strategies"][1]["finding"]
+    assert (found["verdict"], found["step"]) == ("bug", 1)  # it read the sources backwards
+
+
 def test_a_choice_that_the_logits_do_not_explain_is_a_bug():
     def stubborn(model, sources, B, room, choose):
         return program.cached(model, sources, B, room, lambda logits, rows, which: [
