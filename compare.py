@@ -76,6 +76,7 @@ def compare(model, makes, prompts, max_new_tokens, **options):
     bytes x M x B x V.
     """
     reference, outcomes, N = None, [], max(map(len, prompts))
+    given = prepare(model, prompts, max_new_tokens, options.get("decoder_prompts"))
     for name, make in makes.items():
         start = lambda: stream(model, prompts, max_new_tokens, strategy=make, **options)
         for _ in islice(start(), None if model.wte.weight.is_cuda else 1):
@@ -89,9 +90,8 @@ def compare(model, makes, prompts, max_new_tokens, **options):
         closed = [sum(c[f"{stack}_tokens"] for c in closed) for stack in ("encoder", "decoder")] if closed else counts
         finding = dict(verdict="equal")
         if largest or first:
-            finding = judge(model, make, prompts, reference[0], largest, first, options.get("decoder_prompts"))
-            itself = judge(model, next(iter(makes.values())), prompts, reference[0], largest, None,
-                           options.get("decoder_prompts"), last_only=True)  # one step of the reference, the longest
+            finding = judge(model, make, given, reference[0], largest, first)
+            itself = judge(model, next(iter(makes.values())), given, reference[0], largest, None, last_only=True)
             outcomes[0]["finding"] = itself if itself["verdict"] == "bug" else outcomes[0]["finding"]
         if counts != closed and finding["verdict"] != "bug":
             finding = dict(verdict="bug", kind="counts", step=None)
@@ -114,16 +114,17 @@ def compare(model, makes, prompts, max_new_tokens, **options):
 # Bug or rounding
 
 
-def judge(model, make, prompts, ids, largest, first, decoder_prompts=None, last_only=False):
+def judge(model, make, given, ids, largest, first, last_only=False):
     """
     What a difference is: a dict with the verdict "rounding" or "bug". Of rounding, `falls` tells how many times smaller
     it is in fp64, and `flips` whether it explains the first token that differs. Of a bug there are step, row, layer,
     attention ("self", "cross" or None), kind ("positions", "keys", "values", "mask", "input", "head" or "choosing") and note.
-    decoder_prompts: as of stream(). last_only: look at the last step alone, of a strategy that keeps nothing between them.
+    given: sources and rows, as prepare() has them. last_only: look at the last step alone, the longest; it is for the
+    reference, which keeps nothing between its steps.
     """
     exact = copy.deepcopy(model)
     exact = (exact.cpu() if model.wte.weight.device.type == "mps" else exact).double()  # which MPS does not have
-    sources, rows = prepare(exact, prompts, max(map(len, ids)), decoder_prompts)
+    sources, rows = given
     alone = [uncached(exact, sources and sources[r], row + ids[r][:-1]) for r, row in enumerate(rows)]
     worst = 0.0
     M = max(map(len, ids))

@@ -263,12 +263,12 @@ def attention_weights(model):
     """
     weights = {"self": [[] for _ in model.decoder_layers()], "cross": [[] for _ in model.decoder_layers()]}
 
-    def see(name, pattern, q, k, v, query_pos, key_pos, out):
+    def see(name, pattern, q, k, *rest):
         if not name.startswith("encoder"):
             layer, attention = layer_and_role(name)
             units = torch.eye(k.size(2), dtype=k.dtype, device=k.device).expand(*k.shape[:3], -1)
             with torch.no_grad():  # without dropout; forward() itself, because our hook is on the module
-                weights[attention][layer].append(pattern.forward(q, k, units, query_pos, key_pos).cpu())
+                weights[attention][layer].append(pattern.forward(q, k, units, *rest[1:3]).cpu())
 
     with hooks(watch(model, see)):
         yield weights
