@@ -42,9 +42,10 @@ def pad(rows, device, value=0):
 @torch.inference_mode()
 def advance(model, rows, cache=None, memory=None, last=1):
     """
-    Let what is not stored yet of each row enter the model: a prompt, a token, a chunk, a turn of a conversation; without
-    a cache everything. Returns the logits (B, last, V) of the last positions of each row: no others pass through the
-    output head. rows: B lists of ids; what is stored of one must be its beginning, so who changes his mind rewinds.
+    Let what is not stored yet of each row enter the model: a prompt, a token, a chunk, a turn of a conversation;
+    without a cache everything. Returns the logits (B, last, V) of the last positions of each row: no others pass
+    through the output head. rows: B lists of ids; what is stored of one must be its beginning, so who changes his mind
+    rewinds.
 
     cache, memory: from model.new_cache() and BART's model.project(). Raises ValueError if a row has fewer than `last`
     ids that are not stored, or where the cache does.
@@ -52,8 +53,8 @@ def advance(model, rows, cache=None, memory=None, last=1):
     stored = cache.filled if cache else [0] * len(rows)
     new = [row[n:] for row, n in zip(rows, stored)]
     if len(stored) != len(rows) or min(map(len, new), default=0) < max(last, 1):
-        raise ValueError(f"{last} new ids of every row are needed; of {len(stored)} rows {[len(ids) for ids in new]} ids "
-                         f"are not stored yet: pass more, or rewind")
+        raise ValueError(f"{last} new ids of every row are needed; of {len(stored)} rows {[len(ids) for ids in new]} "
+                         f"ids are not stored yet: pass more, or rewind")
     idx = pad(new, model.wte.weight.device)  # (B, T)
     source = {} if memory is None else {"memory": memory}
     x = model.features(idx, cache=cache, start_pos=stored if cache else 0, **source)  # (B, T, C)
@@ -259,7 +260,8 @@ def show_stats(request, rows, seconds):
     config, N = request.model.config, len(request.ids)
     M = len(request.begun) + request.max_new_tokens
     S = config.starts(N) + M
-    bytes_ = cost.predict(config, "cached", N, M, len(rows), request.model.wte.weight.element_size())["self_cache_bytes"]
+    itemsize = request.model.wte.weight.element_size()
+    bytes_ = cost.predict(config, "cached", N, M, len(rows), itemsize)["self_cache_bytes"]
     bytes_ *= request.options["strategy"] == "cached"
     later = seconds[1:] or [0.0]
     print(f"{N} prompt tokens, first token after {1e3 * seconds[0]:.1f} ms; {sum(map(len, rows))} new tokens, "

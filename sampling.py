@@ -2,9 +2,9 @@
 Choosing the next token from its logits: greedily, or by chance among the likely ones.
 
 First RULES, which a model's publishers may set, forbid tokens; then comes the most likely one, or a draw, at a
-temperature, from what FILTERS leave of the likely ones. A new way of sampling is one entry in one of the two tables, and
-the field of Choice that has its name. This file knows logits and the rows so far, and nothing of where they come from.
-Shapes: B rows, V vocabulary.
+temperature, from what FILTERS leave of the likely ones. A new way of sampling is one entry in one of the two tables,
+and the field of Choice that has its name. This file knows logits and the rows so far, and nothing of where they come
+from. Shapes: B rows, V vocabulary.
 """
 
 import math
@@ -38,7 +38,7 @@ class Choice:
             raise UserError(f"temperature={self.temperature!r:.60} must be a finite number, 0 (greedy) or above")
         for name, least in (("top_k", 1), ("no_repeat_ngram", 1), ("n_vocab", 1), ("seed", 0), ("min_length", 0)):
             value = getattr(self, name)
-            if value != getattr(Choice(), name) and (type(value) is not int or not least <= value < 2**63):  # nor a bool
+            if value != getattr(Choice(), name) and (type(value) is not int or not least <= value < 2**63):
                 raise UserError(f"{name}={value!r:.60} must be a whole number, at least {least} and less than 2**63; "
                                 f"leave it out for no such rule")
         for name in ("top_p", "min_p"):

@@ -121,8 +121,8 @@ class Run:
     @contextmanager
     def stoppable(self):
         """
-        Inside, a first Ctrl-C sets self.stop, to be honoured between two steps; a second one stops at once. What stops on
-        a number that is none is told where that was, what is left and what to do.
+        Inside, a first Ctrl-C sets self.stop, to be honoured between two steps; a second one stops at once. A stop on a
+        number that is none says where that was, what is left and what to do.
         """
         def ask(signum, frame):
             self.stop = True
@@ -133,7 +133,7 @@ class Run:
             yield
         except NonFiniteError as error:
             good = newest(self.out)
-            left = f"the last good checkpoint is {good}: resume it" if good else "there is no checkpoint yet: begin again"
+            left = f"the last good checkpoint is {good}: resume it" if good else "there is no checkpoint: begin again"
             lr = self.described["train"]["lr"]
             raise NonFiniteError(f"{error} at step {self.bar.n + 1}; {left} with a lower --train.lr (it was {lr:g}) or "
                                  f"--train.grad_clip") from None

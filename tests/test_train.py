@@ -403,4 +403,4 @@ def test_a_poisoned_weight_is_noticed_before_the_step(tmp_path, monkeypatch):
     for out in ("out", "new"):
         outcome = call(train.main, tmp_path / "config.toml", f"--train.out_dir={tmp_path / out}", "--train.resume=true")
         assert outcome.code == 3 and f"the loss is nan and its gradient's norm nan at step {1 + (out == 'out')};" in outcome.err
-    assert "no checkpoint yet" in outcome.err
+    assert "there is no checkpoint" in outcome.err
