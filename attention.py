@@ -177,8 +177,8 @@ NOWHERE = 2**31 - 1  # the position of a key that does not count, such as paddin
 
 def key_positions(x, lengths=None):
     """
-    The positions of the keys of sources x, (B, N) or (B, N, C): (N,), or (B, N) where rows are padded. lengths: (B,), how
-    many of the N count in each row, None for all. Raises ValueError on a length outside 1..N, or other than B of them.
+    The positions of the keys of sources x, (B, N) or (B, N, C): (N,), or (B, N) where rows are padded. lengths: (B,),
+    how many of the N count in each row, None for all. Raises ValueError on a length outside 1..N, or other than B.
     """
     B, N = x.shape[:2]
     pos = torch.arange(N, device=x.device)
@@ -192,7 +192,8 @@ def key_positions(x, lengths=None):
 def dense(predicate, query_pos, key_pos, n_head=1):
     """
     A predicate as a boolean tensor, (B or 1, H or 1, T, S): axes that the predicate ignores stay 1 and broadcast.
-    query_pos: (T,), or (B, T) when rows are at different places, or None where it means nothing. key_pos: (S,) or (B, S).
+    query_pos: (T,), or (B, T) when rows are at different places, or None where it means nothing. key_pos: (S,) or
+    (B, S).
     """
     q = None if query_pos is None else query_pos.view(-1, 1, query_pos.size(-1), 1)
     k = key_pos.view(-1, 1, 1, key_pos.size(-1))
@@ -202,8 +203,8 @@ def dense(predicate, query_pos, key_pos, n_head=1):
 
 
 # -----------------------------------------------------------------------------
-# Patterns: parameterless modules that turn q, k, v and their positions into (B, H, T, D). All that an attention computes
-# passes through one, so a hook here sees everything, and another kind of attention is another module in this place.
+# Patterns: parameterless modules that turn q, k, v and their positions into (B, H, T, D). All that an attention
+# computes passes through one, so a hook here sees everything, and another kind of attention is another module here.
 
 
 class Dropout(nn.Dropout):

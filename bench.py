@@ -7,9 +7,9 @@ Measure what the README claims, on your machine.
     python bench.py report --model out/bart-headline --prompt-file article.txt --output page.html
     python bench.py load --random gpt2-xl --dtype bfloat16 --device cuda
 
-compare runs every strategy on the same input: do they write the same, what does each cost, and where they differ, is it
-rounding or a bug, and where? It exits with 1 where there is a bug. trace prints the shape of every matrix product, which
-are fixed and which grow. report writes a page that shows the decoding step by step. load says how long load_pretrained
+compare runs every strategy on the same input: do they write the same, what does each cost, and where they differ, is
+it rounding or a bug, and where? It exits with 1 where there is a bug. trace prints the shape of every matrix product,
+which are fixed and which grow. report writes a page that shows the decoding step by step. load says how long load_pretrained
 takes beside merely reading the file, and how much memory. All decode greedily.
 """
 

@@ -31,8 +31,8 @@ def passing(cache, start_pos, x, block_size):
     new = torch.arange(T, device=x.device)
     if isinstance(start_pos, torch.Tensor):
         if cache is None or start_pos.numel() not in (1, B) or B > (cache.batch_size or B):
-            raise ValueError(f"start_pos is a tensor of {start_pos.numel()} positions for {B} rows: it must hold 1 or {B}, "
-                             f"with a cache of so many rows")
+            raise ValueError(f"start_pos is a tensor of {start_pos.numel()} positions for {B} rows: it must hold 1 or "
+                             f"{B}, with a cache of so many rows")
         cache.stop = cache.length
         yield start_pos.view(-1, 1) + new
         return
@@ -148,7 +148,7 @@ class KVCache:
     def row(self, i):
         """A view of one row: what is written through it is written here, and counted here by whoever wrote it."""
         if None in self.k or not 0 <= i < len(self.filled):
-            raise ValueError(f"there is no row {i} to be viewed: {len(self.filled)} are stored, once there was a prefill")
+            raise ValueError(f"there is no row {i} to be viewed: {len(self.filled)} are stored, after a prefill")
         return self._like(1, self.filled[i : i + 1], lambda x: x[i : i + 1])
 
     @property

@@ -5,8 +5,8 @@ Two ways to decode should give the same logits. Where they do not: is it a bug, 
 
 compare() runs every strategy on the same input and puts counts, times and tokens beside each other. Where anything
 differs it decodes again in fp64, with the tokens of the first strategy forced: a difference that is rounding falls by
-many orders of magnitude, one that is a bug stays. A bug is then looked for. At the first step that is wrong, what enters
-and leaves every attention is held against one uncached pass over that row alone, layer by layer.
+many orders of magnitude, one that is a bug stays. A bug is then looked for: at the first step that is wrong, what
+enters and leaves every attention is held against one uncached pass over that row alone, layer by layer.
 
 It works for a changed model and for strategies of one's own: that is what it is for.
 """
@@ -32,7 +32,7 @@ TINY = 1e-10  # ... or smaller than this, relative to the largest number beside 
 def measure(model, start):
     """Count a run to its end: its Cost, the ids of B rows, and per step logits {row: (V,)} and seconds."""
     ids, logits, seconds = [], [], []
-    head = lambda module, args, out: logits.append(out.detach().double().cpu().flatten(0, -2))  # (rows that are left, V)
+    head = lambda module, args, out: logits.append(out.detach().double().cpu().flatten(0, -2))  # (rows left, V)
     with count(model) as cost, hooks([model.lm_head.register_forward_hook(head)]):
         begun = time.perf_counter()
         for found in start():
@@ -68,8 +68,8 @@ def compare(model, makes, prompts, max_new_tokens, **options):
     """
     Run strategies on the same input, greedily, and put the counts, times and outputs beside each other.
 
-    makes: name -> what makes its step, as strategies(model) has it; the first is the reference. prompts: B lists of ids;
-    counts equal closed forms where all are as long, or none ends before the others. options: further arguments of
+    makes: name -> what makes its step, as strategies(model) has it; the first is the reference. prompts: B lists of
+    ids; counts equal closed forms where all are as long, or none ends before the others. options: further arguments of
     stream(). The counting hooks are in the timed runs: they cost microseconds, where a second run would cost the naive
     minutes. Returns a dict for JSON: N, M, batch_size, distinct (ids in the longest text), bug (whether there is one),
     and `strategies`, a list of dicts, each with a finding: see judge(). Logits of all steps are kept while it runs: 16
@@ -106,7 +106,8 @@ def compare(model, makes, prompts, max_new_tokens, **options):
             seconds=sum(seconds), first_seconds=seconds[0], token_seconds=mean(seconds[1:]) if seconds[1:] else None,
             speed=reference[2] / sum(seconds),
             steps=[[cost.encoder[k + 1], cost.decoder[k + 1], s] for k, s in enumerate(seconds)], ids=ids))
-    return dict(N=N, M=max(map(len, reference[0])), batch_size=len(prompts), distinct=max(len(set(row)) for row in reference[0]),
+    distinct = max(len(set(row)) for row in reference[0])
+    return dict(N=N, M=max(map(len, reference[0])), batch_size=len(prompts), distinct=distinct,
                 bug=any(s["finding"]["verdict"] == "bug" for s in outcomes), strategies=outcomes)
 
 
@@ -118,7 +119,8 @@ def judge(model, make, given, ids, largest, first, last_only=False):
     """
     What a difference is: a dict with the verdict "rounding" or "bug". Of rounding, `falls` tells how many times smaller
     it is in fp64, and `flips` whether it explains the first token that differs. Of a bug there are step, row, layer,
-    attention ("self", "cross" or None), kind ("positions", "keys", "values", "mask", "input", "head" or "choosing") and note.
+    attention ("self", "cross" or None), kind ("positions", "keys", "values", "mask", "input", "head" or "choosing") and
+    note.
     given: sources and rows, as prepare() has them. last_only: look at the last step alone, the longest; it is for the
     reference, which keeps nothing between its steps.
     """
@@ -135,11 +137,13 @@ def judge(model, make, given, ids, largest, first, last_only=False):
             difference = (logits[i] - true[n - 1]).abs().max().item()
             worst = max(worst, difference)
             if difference > max(largest / FALLS, TINY * max(1.0, true.abs().max().item())):
-                return dict(verdict="bug", step=k + 1, row=r, size=difference, **locate(calls, entered, i, n, len(which)))
+                where = locate(calls, entered, i, n, len(which))
+                return dict(verdict="bug", step=k + 1, row=r, size=difference, **where)
     if first and not first["gap"] <= 2 * first["difference"]:  # the logits do not explain it
-        return dict(verdict="bug", step=first["step"], row=first["row"], size=worst, kind="choosing", layer=None, attention=None,
-                    note="its logits are right, and another token is chosen from them")
-    return dict(verdict="rounding", size=largest, exact=worst, falls=largest / worst if worst else None, flips=first is not None)
+        return dict(verdict="bug", step=first["step"], row=first["row"], size=worst, kind="choosing", layer=None,
+                    attention=None, note="its logits are right, and another token is chosen from them")
+    falls = largest / worst if worst else None
+    return dict(verdict="rounding", size=largest, exact=worst, falls=falls, flips=first is not None)
 
 
 @contextmanager
@@ -160,12 +164,13 @@ def uncached(model, source, text):
 
 def replay(model, make, sources, rows, ids, steps):
     """
-    Decode with the tokens forced. Yields per step its number, the rows that are left, their logits, and the calls; those
-    of the first step begin with what stands before it.
+    Decode with the tokens forced. Yields per step its number, the rows that are left, their logits, and the calls;
+    those of the first step begin with what stands before it.
     """
     seen, room = [], max(len(row) + len(new) for row, new in zip(rows, ids))
     with recorded(model) as calls:
-        step = make(model, sources, len(rows), room, lambda logits, rows, which: seen.append(logits) or [[0]] * len(rows))
+        choose = lambda logits, rows, which: seen.append(logits) or [[0]] * len(rows)
+        step = make(model, sources, len(rows), room, choose)
         for k in steps:
             which = [r for r, new in enumerate(ids) if k < len(new)]
             step([rows[r] + ids[r][:k] for r in which], which)
@@ -175,8 +180,8 @@ def replay(model, make, sources, rows, ids, steps):
 
 def locate(calls, entered, i, n, B):
     """
-    Where row i of B, n tokens long, first leaves the uncached pass: in the order of the layers, by what enters and leaves
-    each attention. calls: of the step; entered: of the pass over the row alone.
+    Where row i of B, n tokens long, first leaves the uncached pass: in the order of the layers, by what enters and
+    leaves each attention. calls: of the step; entered: of the pass over the row alone.
     """
     at = []  # (which query, its position) of the row's tokens that entered in this step
     for name, true in entered.items():
@@ -190,9 +195,8 @@ def locate(calls, entered, i, n, B):
         else:
             found = look_at_cross(mine, true, i, at, B)
         if found:
-            return dict(layer=int(name.split(".")[1]), attention=attention, kind=found[0], note=f"in the {name.split('.')[0]}, "
-                        f"{found[1]}" if name.startswith("encoder") else found[1])
-    return dict(layer=None, attention=None, kind="head", note="every attention is right, and what comes after it is not")
+            return dict(layer=int(name.split(".")[1]), attention=attention, kind=found[0], note=found[1])
+    return dict(layer=None, attention=None, kind="head", note="every attention is right, and what comes after is not")
 
 
 WRONG_INPUT = "input", "what enters is wrong already, and every attention before is right"
@@ -203,7 +207,8 @@ def look_at_encoder(mine, true, i):
     N = true[0].size(2)
     if not same(mine[0][i, :, :N], true[0][0]):
         return WRONG_INPUT
-    return None if same(mine[5][i, :, :N], true[5][0]) else ("mask", "a token of the source sees more or less than its row")
+    right = same(mine[5][i, :, :N], true[5][0])
+    return None if right else ("mask", "in the encoder, a token sees more or less than its own source")
 
 
 def look_at_self(mine, true, i, n):
@@ -218,7 +223,7 @@ def look_at_self(mine, true, i, n):
     slots = [(key_pos == p).nonzero().flatten().tolist() for p in range(n)]
     for p, found in enumerate(slots):
         if len(found) != 1:
-            right = k.size(2) >= n and same(k[i, :, :n], true[1][0, :, :n])  # the keys are, and only their positions not
+            right = k.size(2) >= n and same(k[i, :, :n], true[1][0, :, :n])  # only where they stand is wrong
             return at, ("positions" if right else "keys", f"{len(found)} keys stand at position {p}")
     for what, x, y in (("keys", k, true[1]), ("values", v, true[2])):
         for p, [slot] in enumerate(slots):

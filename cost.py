@@ -42,11 +42,12 @@ def hooks(handles):
 
 
 def watch(model, see):
-    """Have see(name, pattern, q, k, v, query_pos, key_pos, out) called after every attention of a model. Returns hooks."""
+    """Have see(name, pattern, q, k, v, query_pos, key_pos, out) called after every attention. Returns hooks."""
     def hook(name):
         return lambda module, args, out: see(name, module, *args, out)
 
-    return [module.register_forward_hook(hook(name)) for name, module in model.named_modules() if name.endswith(".pattern")]
+    return [module.register_forward_hook(hook(name)) for name, module in model.named_modules()
+            if name.endswith(".pattern")]
 
 
 def layer_and_role(name):
@@ -231,7 +232,7 @@ def predict(config, strategy, N, M, batch_size=1, itemsize=4):
     """
     bart, B = config.is_encoder_decoder, batch_size
     P, N, L = config.starts(N), N if bart else 0, config.n_decoder_layer if bart else config.n_layer
-    calls = [(1 if k and strategy == "cached" else P + k, P + k) for k in range(M)]  # (tokens that enter, that are seen)
+    calls = [(1 if k and strategy == "cached" else P + k, P + k) for k in range(M)]  # (tokens that enter, are seen)
     known = [name for name in FORMULAS if bart or name != "hoisted"]
     if strategy not in known:
         raise UserError(f"strategy={strategy!r:.60} has no closed form: choose one of {', '.join(known)}")

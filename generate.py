@@ -43,8 +43,9 @@ def pad(rows, device, value=0):
 def advance(model, rows, cache=None, memory=None, last=1):
     """
     Let what is not stored yet of each row enter the model: a prompt, a token, a chunk, a turn of a conversation;
-    without a cache everything. Returns the logits (B, last, V) of the last positions of each row: no others pass through
-    the output head. rows: B lists of ids; what is stored of one must be its beginning, so who changes his mind rewinds.
+    without a cache everything. Returns the logits (B, last, V) of the last positions of each row: no others pass
+    through the output head. rows: B lists of ids; what is stored of one must be its beginning, so who changes his mind
+    rewinds.
 
     cache, memory: from model.new_cache() and BART's model.project(). Raises ValueError if a row has fewer than `last`
     ids that are not stored, or where the cache does.

@@ -317,15 +317,15 @@ class BART(Model):
         """
         target: (B, T) int64 at positions start_pos.., encoded: (B, N, C) from encode(), or None -> logits (B, T, V).
 
-        With use_kv_cache the model keeps a cache of its own: a call at start_pos=0 projects the source, if there is one,
-        later calls read that, and may pass encoded=None. Raises ValueError if they bring another source.
+        With use_kv_cache the model keeps a cache of its own: a call at start_pos=0 projects the source, if there is
+        one, later calls read that, and may pass encoded=None. Raises ValueError if they bring another source.
         """
         if not use_kv_cache:
             memory = None if encoded is None else self.project(encoded, source_lengths)
             return self.lm_head(self.features(target, memory, None, start_pos))
         source = self.source
         if not isinstance(start_pos, torch.Tensor) and not torch.tensor(start_pos).any():  # a new text
-            with torch.inference_mode(False), torch.no_grad():  # kept for later calls: of no mode, and without gradients
+            with torch.inference_mode(False), torch.no_grad():  # kept for later calls, whatever their mode
                 copies = [x if x is None else x.clone() for x in (encoded, source_lengths)]
                 source = *copies, encoded if encoded is None else self.project(*copies)
         elif any(x is not None and (kept is None or not torch.equal(x, kept))

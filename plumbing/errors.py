@@ -1,6 +1,7 @@
 """Errors and exit codes, in one place.
 
-0 done; 1 bench.py compare found a bug; 2 the user's mistake (one line on stderr, nothing on stdout); 3 stopped on a non-finite number; 130 interrupted.
+0 done; 1 bench.py compare found a bug; 2 the user's mistake (one line on stderr, nothing on stdout); 3 stopped on a
+non-finite number; 130 interrupted.
 """
 
 import argparse

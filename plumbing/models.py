@@ -79,7 +79,7 @@ def random_model(name, dtype, device, overrides=()):
     fit the memory.
 
     With the weights that training starts from, a post-norm model with tied embeddings repeats one token for ever, and
-    many a bug would go unseen. These make attention choosy, so that what is written depends on what was read, and varies.
+    many a bug would go unseen. These make attention choosy: what is written depends on what was read, and varies.
     """
     cls, config = random_config(name, overrides)
     check_memory(f"{name} in {dtype}", config, dtype.itemsize, device)

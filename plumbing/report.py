@@ -1,7 +1,7 @@
 """
 What was counted and compared, made readable: text tables, and one HTML page with a slider over the decoding steps.
 
-Everything arrives as plain data (records, the dict of bench.compare(), token strings, attention weights), so nothing here
+Everything arrives as plain data (records, the dict of compare(), token strings, attention weights), so nothing here
 knows a model.
 """
 
@@ -83,8 +83,8 @@ def shape_table(records, training=()):
 
 def comparison_table(result):
     """The result of compare.compare() as text."""
-    rows = [["strategy", "tokens", "logits differ", "verdict", "encoder", "decoder", "total", "closed form", "linear rows",
-             "seconds", "first call", "ms/token after", "speed"]]
+    rows = [["strategy", "tokens", "logits differ", "verdict", "encoder", "decoder", "total", "closed form",
+             "linear rows", "seconds", "first call", "ms/token after", "speed"]]
     for s in result["strategies"]:
         encoder, decoder = s["encoder_tokens"], s["decoder_tokens"]
         counts = encoder, decoder, encoder + decoder, sum(s["closed_form"]), s["linear_rows"]
@@ -117,10 +117,11 @@ def savings(hoisted, cached):
         what = {"attn": "self", "cross": "cross", "mlp": "feed-forward"}[role]
         names.append(f"{what} {fused.get(own, own.removeprefix('c_'))} {rows:,} -> {cached['layer_rows'][name]:,}")
     attention = total["attn"] + total["cross"]
-    return [f"caching saves {saved:.0%} of hoisting's time here. (The \"about 40 %\" of older notes is one such number: it grows "
-            f"with source and text, and is next to nothing on a GPU that waits for launches.)",
-            f"Of the {attention} linears of attention in a decoder layer ({attention + total['mlp']} with the feed-forward) "
-            f"{once} run once per source and {shrink} shrink to one row a call. Rows, hoisted -> cached: {'; '.join(names)}"]
+    return [f"caching saves {saved:.0%} of hoisting's time here. (The \"about 40 %\" of older notes is one such "
+            f"number: it grows with source and text, and is next to nothing on a GPU that waits for launches.)",
+            f"Of the {attention} linears of attention in a decoder layer ({attention + total['mlp']} with the "
+            f"feed-forward) {once} run once per source and {shrink} shrink to one row a call. Rows, hoisted -> cached: "
+            f"{'; '.join(names)}"]
 
 
 def told(s):
@@ -130,13 +131,15 @@ def told(s):
         falls = "vanishes" if f["falls"] is None else f"falls {f['falls']:.0e} times"
         text = f"rounding: with the same tokens in fp64 the difference of {f['size']:.1e} {falls}"
         if f["flips"]:
-            text += (f"; it flips a near tie at step {first['step']}, row {first['row']}, where token {first['tokens'][0]} leads "
-                     f"{first['tokens'][1]} by {first['gap']:.1e} and the logits differ by {first['difference']:.1e}")
+            text += (f"; it flips a near tie at step {first['step']}, row {first['row']}, where token "
+                     f"{first['tokens'][0]} leads {first['tokens'][1]} by {first['gap']:.1e} and the logits differ by {first['difference']:.1e}")
         return text
     if f["kind"] == "counts":
-        return f"BUG: it computes {s['encoder_tokens']} + {s['decoder_tokens']} tokens, and the closed form is {s['closed_form']}"
+        return (f"BUG: it computes {s['encoder_tokens']} + {s['decoder_tokens']} tokens, and the closed form is "
+                f"{s['closed_form']}")
     where = "" if f["layer"] is None else f", layer {f['layer']}, {f['attention']}-attention"
-    return f"BUG, first at step {f['step']}, row {f['row']}{where}: {f['kind']}: {f['note']} (off by {f['size']:.1e} in fp64)"
+    return (f"BUG, first at step {f['step']}, row {f['row']}{where}: {f['kind']}: {f['note']} (off by {f['size']:.1e} in "
+            f"fp64)")
 
 
 # -----------------------------------------------------------------------------
