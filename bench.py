@@ -9,8 +9,8 @@ Measure what the README claims, on your machine.
 
 compare runs every strategy on the same input: do they write the same, what does each cost, and where they differ, is
 it rounding or a bug, and where? It exits with 1 where there is a bug. trace prints the shape of every matrix product,
-which are fixed and which grow. report writes a page that shows the decoding step by step. load says how long load_pretrained
-takes beside merely reading the file, and how much memory. All decode greedily.
+which are fixed and which grow. report writes a page that shows the decoding step by step. load says how long
+load_pretrained takes beside merely reading the file, and how much memory. All decode greedily.
 """
 
 import json

@@ -132,14 +132,15 @@ def told(s):
         text = f"rounding: with the same tokens in fp64 the difference of {f['size']:.1e} {falls}"
         if f["flips"]:
             text += (f"; it flips a near tie at step {first['step']}, row {first['row']}, where token "
-                     f"{first['tokens'][0]} leads {first['tokens'][1]} by {first['gap']:.1e} and the logits differ by {first['difference']:.1e}")
+                     f"{first['tokens'][0]} leads {first['tokens'][1]} by {first['gap']:.1e} and the logits differ by "
+                     f"{first['difference']:.1e}")
         return text
     if f["kind"] == "counts":
         return (f"BUG: it computes {s['encoder_tokens']} + {s['decoder_tokens']} tokens, and the closed form is "
                 f"{s['closed_form']}")
     where = "" if f["layer"] is None else f", layer {f['layer']}, {f['attention']}-attention"
-    return (f"BUG, first at step {f['step']}, row {f['row']}{where}: {f['kind']}: {f['note']} (off by {f['size']:.1e} in "
-            f"fp64)")
+    return (f"BUG, first at step {f['step']}, row {f['row']}{where}: {f['kind']}: {f['note']} "
+            f"(off by {f['size']:.1e} in fp64)")
 
 
 # -----------------------------------------------------------------------------
