@@ -75,7 +75,7 @@ def compare(model, makes, prompts, max_new_tokens, **options):
     and `strategies`, a list of dicts, each with a finding: see judge(). Logits of all steps are kept while it runs: 16
     bytes x M x B x V.
     """
-    reference, outcomes, N = None, [], max(map(len, prompts))
+    reference, exact, outcomes, N = None, None, [], max(map(len, prompts))
     given = prepare(model, prompts, max_new_tokens, options.get("decoder_prompts"))
     for name, make in makes.items():
         start = lambda: stream(model, prompts, max_new_tokens, strategy=make, **options)
@@ -90,8 +90,9 @@ def compare(model, makes, prompts, max_new_tokens, **options):
         closed = [sum(c[f"{stack}_tokens"] for c in closed) for stack in ("encoder", "decoder")] if closed else counts
         finding = dict(verdict="equal")
         if largest or first:
-            finding = judge(model, make, given, reference[0], largest, first)
-            itself = judge(model, next(iter(makes.values())), given, reference[0], largest, None, last_only=True)
+            exact = exact or in_fp64(model, given, reference[0])  # once for all strategies
+            finding = judge(exact, make, given, reference[0], largest, first)
+            itself = judge(exact, next(iter(makes.values())), given, reference[0], largest, None, last_only=True)
             outcomes[0]["finding"] = itself if itself["verdict"] == "bug" else outcomes[0]["finding"]
         if counts != closed and finding["verdict"] != "bug":
             finding = dict(verdict="bug", kind="counts", step=None)
@@ -115,22 +116,26 @@ def compare(model, makes, prompts, max_new_tokens, **options):
 # Bug or rounding
 
 
-def judge(model, make, given, ids, largest, first, last_only=False):
+def in_fp64(model, given, ids):
+    """What judge() holds a strategy against: the model in fp64, and its uncached() pass over each row with these ids."""
+    exact = copy.deepcopy(model)
+    exact = (exact.cpu() if model.wte.weight.device.type == "mps" else exact).double()  # which MPS does not have
+    sources, rows = given
+    return exact, [uncached(exact, sources and sources[r], row + ids[r][:-1]) for r, row in enumerate(rows)]
+
+
+def judge(exact, make, given, ids, largest, first, last_only=False):
     """
     What a difference is: a dict with the verdict "rounding" or "bug". Of rounding, `falls` tells how many times smaller
     it is in fp64, and `flips` whether it explains the first token that differs. Of a bug there are step, row, layer,
     attention ("self", "cross" or None), kind ("positions", "keys", "values", "mask", "input", "head" or "choosing") and
     note.
-    given: sources and rows, as prepare() has them. last_only: look at the last step alone, the longest; it is for the
-    reference, which keeps nothing between its steps.
+    exact: see in_fp64(). given: sources and rows, as prepare() has them. last_only: look at the last step alone, the
+    longest; it is for the reference, which keeps nothing between its steps.
     """
-    exact = copy.deepcopy(model)
-    exact = (exact.cpu() if model.wte.weight.device.type == "mps" else exact).double()  # which MPS does not have
-    sources, rows = given
-    alone = [uncached(exact, sources and sources[r], row + ids[r][:-1]) for r, row in enumerate(rows)]
-    worst = 0.0
-    M = max(map(len, ids))
-    for k, which, logits, calls in replay(exact, make, sources, rows, ids, range(M - 1 if last_only else 0, M)):
+    (model, alone), (sources, rows) = exact, given
+    worst, M = 0.0, max(map(len, ids))
+    for k, which, logits, calls in replay(model, make, sources, rows, ids, range(M - 1 if last_only else 0, M)):
         for i, r in enumerate(which):
             n = len(rows[r]) + k  # tokens that the next one is chosen from
             true, entered = alone[r]

@@ -178,22 +178,15 @@ BAD_BENCH = {
 }
 
 
-@pytest.mark.parametrize("line", BAD_GENERATE, ids=lambda line: line[:60] or "no arguments")
-def test_generate_refuses_in_one_line_that_names_it(line, places):
+@pytest.mark.parametrize("main, line, named", [
+    *((generate.main, *item) for item in BAD_GENERATE.items()), *((bench.main, *item) for item in BAD_BENCH.items())],
+    ids=lambda value: value[:60] if isinstance(value, str) else value.__module__)
+def test_generate_and_bench_refuse_in_one_line_that_names_it(main, line, named, places):
     before = tree(places["tmp"])
-    outcome = call(generate.main, *words(line, places))
+    outcome = call(main, *words(line, places))
     assert_refused(outcome)
     assert tree(places["tmp"]) == before
-    assert BAD_GENERATE[line] in outcome.err
-
-
-@pytest.mark.parametrize("line", BAD_BENCH)
-def test_bench_refuses_in_one_line_that_names_it(line, places):
-    before = tree(places["tmp"])
-    outcome = call(bench.main, *words(line, places))
-    assert_refused(outcome)
-    assert tree(places["tmp"]) == before
-    assert BAD_BENCH[line] in outcome.err
+    assert named in outcome.err
 
 
 def test_a_prompt_that_is_not_unicode_is_refused(places):
