@@ -117,7 +117,7 @@ def compare(model, makes, prompts, max_new_tokens, **options):
 
 
 def in_fp64(model, given, ids):
-    """What judge() holds a strategy against: the model in fp64, and its uncached() pass over each row with these ids."""
+    """What judge() compares with: the model in fp64, and its uncached() passes over the rows with these ids."""
     exact = copy.deepcopy(model)
     exact = (exact.cpu() if model.wte.weight.device.type == "mps" else exact).double()  # which MPS does not have
     sources, rows = given
