@@ -3,12 +3,14 @@ Measure what the README claims, on your machine.
 
     python bench.py compare --model out/gpt-tiny --prompt "The if statement"
     python bench.py compare --random bart-base --prompt-tokens 1024 --max-new-tokens 100
+    python bench.py decode --random gpt2 --prompt-tokens 32 --max-new-tokens 32
     python bench.py trace --model out/bart-headline --prompt-file article.txt
     python bench.py report --model out/bart-headline --prompt-file article.txt --output page.html
     python bench.py load --random gpt2-xl --dtype bfloat16 --device cuda
 
 compare runs every strategy on the same input: do they write the same, what does each cost, and where they differ, is
-it rounding or a bug, and where? It exits with 1 where there is a bug. trace prints the shape of every matrix product,
+it rounding or a bug, and where? It exits with 1 where there is a bug. decode predicts how long a decode step takes on
+this machine, and measures it; without a model, for twenty settings. trace prints the shape of every matrix product,
 which are fixed and which grow. report writes a page that shows the decoding step by step. load says how long
 load_pretrained takes beside merely reading the file, and how much memory. All decode greedily.
 """
@@ -29,6 +31,7 @@ if __name__ == "__main__":
     guard_imports()  # torch's take seconds
 
 import torch
+from tqdm import tqdm
 
 from compare import compare
 from cost import attention_weights, count, matrix
@@ -37,14 +40,21 @@ from plumbing import cli, report
 from plumbing.models import PRESETS, count_parameters, random_config, random_model
 from plumbing.utils import DTYPES, pick_device
 from plumbing.weights import load_pretrained, save_pretrained
+from roofline import Products, bandwidth, explain, seconds_per_call
 
 # -----------------------------------------------------------------------------
 # compare
 
 
 def compare_request(request):
-    """compare() of every strategy that the model has on a cli.Request."""
-    return compare(request.model, strategies(request.model), *request.batch(), **request.options)
+    """compare() of every strategy that the model has on a cli.Request, and why their steps take so long."""
+    model, makes, (prompts, max_new_tokens) = request.model, strategies(request.model), request.batch()
+    result = compare(model, makes, prompts, max_new_tokens, **request.options)
+    products = Products(model.wte.weight.dtype, model.wte.weight.device)
+    for one, make in zip(result["strategies"], makes.values()) if result["M"] > 1 else []:
+        seconds, step = [took for *_, took in one["steps"]], {tuple(p): times for *p, times in one["products"]}
+        one |= explain(model, prompts, products, seconds, step, strategy=make, **request.options)
+    return result | dict(bandwidth=bandwidth(products.device))
 
 
 def print_comparison(request, args):
@@ -54,6 +64,45 @@ def print_comparison(request, args):
     print(json.dumps(result) if request.json else report.comparison_table(result))
     if result["bug"]:
         sys.exit(1)
+
+
+# -----------------------------------------------------------------------------
+# decode
+
+SMALL = "gpt2 --model.n_layer={0} --model.n_head={0} --model.n_embd={1}"
+SETTINGS = [f"decode --random={model} --prompt-tokens={N} --num-samples={B} --max-new-tokens=20"
+            for model in (SMALL.format(4, 128), SMALL.format(6, 384), "gpt2", "bart-base", "gpt2-medium")
+            for B in (1, 8) for N in (64, 900)]
+
+
+def measure_decoding(request):
+    """The cached decoding of a cli.Request, explained: a dict."""
+    model, (prompts, max_new_tokens) = request.model, request.batch()
+    with count(model) as cost:  # which also sets up what is set up once
+        generate(model, prompts, max_new_tokens, **request.options)
+    seconds = seconds_per_call(model, prompts, max_new_tokens, **request.options)
+    if len(seconds) < 2:
+        raise UserError(f"--max-new-tokens {max_new_tokens} leaves no decode step after the first token: ask for 2")
+    products = Products(model.wte.weight.dtype, model.wte.weight.device)
+    step = cost.step(cost.steps // 2 + 1)
+    return dict(strategy="cached", N=len(prompts[0]), prefill_tokens=cost.encoder[1] + cost.decoder[1],
+                first_seconds=seconds[0], bandwidth=bandwidth(products.device),
+                **explain(model, prompts, products, seconds, step, **request.options))
+
+
+def print_decoding(request, args):
+    result = measure_decoding(request)
+    print(json.dumps(result) if request.json else report.roofline_table(result["bandwidth"], [result]))
+
+
+def decode_settings(parse):
+    """Every line of SETTINGS, as one table."""
+    results = []
+    for line in tqdm(SETTINGS, leave=False, disable=None):
+        results.append(dict(measure_decoding(cli.read(parse(line.split()))), strategy=line.removeprefix("decode ")))
+    near = sum(abs((r["call_seconds"] + r["product_seconds"]) / r["step_seconds"] - 1) <= 0.25 for r in results)
+    print(f"{report.roofline_table(median(r['bandwidth'] for r in results), results)}\n\n"
+          f"{near} of {len(results)} are predicted within 25 %; {machine('cpu')}")
 
 
 # -----------------------------------------------------------------------------
@@ -228,6 +277,7 @@ def main(args=None):
     parser = Parser(prog="bench.py", description=__doc__)
     sections = parser.add_subparsers(dest="section", required=True)
     decoding = {"compare": (print_comparison, "every strategy on the same input: what it writes, what it costs"),
+                "decode": (print_decoding, "what a decode step should take on this machine, and what it takes"),
                 "trace": (print_trace, "the shape of every matrix product, which are fixed and which grow"),
                 "report": (write_report, "a page that shows the decoding step by step")}
     for name, (_, what) in decoding.items():
@@ -243,7 +293,9 @@ def main(args=None):
     args = parser.parse_args(args)
     if args.section == "load":
         return load(args)
-    if args.section != "compare" and args.num_samples > 1:
+    if args.section == "decode" and args.model is None and args.random is None:
+        return decode_settings(parser.parse_args)
+    if args.section in ("trace", "report") and args.num_samples > 1:
         raise UserError(f"{args.section} shows one text: leave out --num-samples {args.num_samples}")
     decoding[args.section][0](cli.read(args), args)
 

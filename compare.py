@@ -99,13 +99,14 @@ def compare(model, makes, prompts, max_new_tokens, **options):
         outcomes.append(dict(
             strategy=name, identical=first is None, first_difference=first, logit_difference=largest, finding=finding,
             encoder_tokens=counts[0], decoder_tokens=counts[1], closed_form=closed,
-            linear_rows=rows_through(cost.linear_rows),
+            prefill_tokens=cost.encoder[1] + cost.decoder[1], linear_rows=rows_through(cost.linear_rows),
             layer_rows={name.split(".", 2)[2]: rows for name, rows in cost.linear_rows.items()
                         if name.startswith(("h.0.", "decoder.0."))},
             linear_flops=cost.flops("GEMM"), attention_flops=cost.flops("BGEMM"),
             self_cache_bytes=cost.cache_bytes("self"), cross_cache_bytes=cost.cache_bytes("cross"),
             seconds=sum(seconds), first_seconds=seconds[0], token_seconds=mean(seconds[1:]) if seconds[1:] else None,
             speed=reference[2] / sum(seconds),
+            products=[[*product, times] for product, times in cost.step(cost.steps // 2 + 1).items()],
             steps=[[cost.encoder[k + 1], cost.decoder[k + 1], s] for k, s in enumerate(seconds)], ids=ids))
     distinct = max(len(set(row)) for row in reference[0])
     return dict(N=N, M=max(map(len, reference[0])), batch_size=len(prompts), distinct=distinct,

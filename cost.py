@@ -137,6 +137,21 @@ class Cost:
         """One dict per product, in the order in which they ran; shapes as lists."""
         return [record for product in self.products for record in describe(*product)]
 
+    def step(self, number):
+        """
+        What one decoder call multiplies: (batch, rows, n_in, n_out) -> how many such products. batch is None where the
+        matrix is a weight; in attention it is a head's keys or values, and the rows are all queries that share it.
+        """
+        found = Counter()
+        for _, step, _, left, right in self.products:
+            if step == number and len(right) == 2:
+                found[None, left[:-1].numel(), *right] += 1
+            elif step == number:
+                (B, H, T, D), (_, KV, S, _) = left, right
+                found[B * KV, H // KV * T, D, S] += 1
+                found[B * KV, H // KV * T, S, D] += 1
+        return found
+
     def flops(self, kind):
         """Of all products of a kind, "GEMM" or "BGEMM": 2 per multiply-add, masked ones included, biases left out."""
         return sum(2 * prod(r["out"]) * r["left"][-1] for r in self.records if r["kind"] == kind)

@@ -96,9 +96,36 @@ def comparison_table(result):
     by_name = {s["strategy"]: s for s in result["strategies"]}
     if {"hoisted", "cached"} <= by_name.keys():
         lines += savings(by_name["hoisted"], by_name["cached"])
+    timed = [s for s in result["strategies"] if "step_bytes" in s]
+    if timed:
+        lines += ["", roofline_table(result["bandwidth"], timed), *pays(*timed[-2:])]
     little = " (so few that equal tokens say little)" if result["distinct"] < min(result["M"], 8) else ""
     return (f"N = {result['N']:,}, M = {result['M']:,} decoder calls, batch of {result['batch_size']}; "
             f"{result['distinct']} distinct ids in the text{little}\n\n{aligned(rows)}\n\n" + "\n".join(lines))
+
+
+def roofline_table(bandwidth, timed):
+    """What decode steps should take and do take, from the dicts of roofline.explain(), as text."""
+    rows = [["a decode step", "MB read", "MFLOP", "predicted ms", "= calls + products", "measured ms", "GB/s",
+             f"of {bandwidth / 1e9:,.1f}", "GFLOP/s", "tokens/s", "prefill tokens/s"]]
+    for s in timed:
+        took, calls, products = s["step_seconds"], s["call_seconds"], s["product_seconds"]
+        prefill = s["prefill_tokens"] / s["first_seconds"]
+        rows.append([s["strategy"], f"{s['step_bytes'] / 1e6:,.1f}", f"{s['step_flops'] / 1e6:,.0f}",
+                     f"{1e3 * (calls + products):.2f}", f"{1e3 * calls:.2f} + {1e3 * products:.2f}",
+                     f"{1e3 * took:.2f}",
+                     f"{s['step_bytes'] / took / 1e9:.1f}", f"{s['step_bytes'] / took / bandwidth:.0%}",
+                     f"{s['step_flops'] / took / 1e9:.1f}", f"{s['batch_size'] / took:,.0f}", f"{prefill:,.0f}"])
+    return aligned(rows)
+
+
+def pays(without, cached):
+    """A sentence, or none, from the explained steps of a strategy that keeps nothing and of the cached one."""
+    before, after = (1e3 * (s["call_seconds"] + s["product_seconds"]) for s in (without, cached))
+    calls = 1e3 * cached["call_seconds"]
+    return [] if before >= 1.2 * after else [
+        f"The cache will not pay here: a step should take {after:.2f} ms with it and {before:.2f} ms without, since "
+        f"{calls:.2f} ms are calls, which take as long for one row as for the whole text."]
 
 
 def savings(hoisted, cached):
