@@ -18,7 +18,7 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from cache import KVCache, passing
+from cache import KVCache, Slots, passing
 
 # -----------------------------------------------------------------------------
 # The attention function, twice: to be read, and to be fast. The tests tie the two together.
@@ -43,8 +43,14 @@ def attend_explicit(q, k, v, mask=None):
 
 def attend(q, k, v, mask=None, is_causal=False, dropout_p=0.0):
     """The same through PyTorch's fused kernel. is_causal only when T == S: the kernel aligns that mask top-left."""
-    grouped = bool(q.size(1) != k.size(1))  # a bool also where a compiler sees sizes as symbols
-    return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal, enable_gqa=grouped)
+    B, H, T, D = q.shape
+    group = H // k.size(1)
+    if group > 1 and not (is_causal and T > 1):  # queries that share a head are rows of one product: it is read once
+        if mask is not None:  # (b, 1 or H, T, S) -> (b, 1 or KV, group * T, S)
+            mask = mask.expand(-1, max(mask.size(1), group), T, -1).flatten(1, 2).unflatten(1, (-1, group * T))
+        q = q.reshape(B, -1, group * T, D)
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout_p).view(B, H, T, -1)
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal, enable_gqa=group > 1)
 
 
 # -----------------------------------------------------------------------------
@@ -112,7 +118,7 @@ class CausalSelfAttention(SelfAttention):
         q, k, v = self.qkv(x)
         key_pos = pos
         if cache is not None:
-            k, v, key_pos = cache.update(self.layer, pos, k, v)  # (B, KV, S, D) twice, and (S,)
+            k, v, key_pos = self.pattern.keep(cache, self.layer, pos, k, v)  # (B, KV, S, D) twice, and (S,)
         return self.output(self.pattern(q, k, v, pos, key_pos))
 
     def alone(self, x, use_kv_cache, start_pos):
@@ -121,7 +127,7 @@ class CausalSelfAttention(SelfAttention):
         list of one per row, or a tensor. Raises ValueError on a gap, an overflow or another batch: see passing().
         """
         if use_kv_cache and self.cache is None:
-            self.cache = KVCache(*self.size, n_layer=self.layer + 1)
+            self.cache = keeping([self.pattern] * (self.layer + 1), *self.size)
         cache = self.cache if use_kv_cache else None
         with passing(cache, start_pos, x, block_size=math.inf) as pos:
             return self.forward(x, pos=pos, cache=cache)  # not self(...): a hook has been called already
@@ -240,11 +246,32 @@ class Causal(Dropout):
     def allows(b, h, q, k):
         return k <= q
 
+    def slots(self, length):
+        """Where a text of that length is kept, one for each part of the heads that is kept alike: here all of it."""
+        return [Slots(length)]
+
+    def reads(self, S, length):
+        """How many keys a decode step reads where S positions are stored, of a text of that length."""
+        [slots] = self.slots(length)
+        return slots.size if slots.evicts else S
+
+    def keep(self, cache, layer, pos, k, v):
+        """Store in a layer of a KVCache, and return what update() does."""
+        return cache.update(layer, pos, k, v)
+
     def forward(self, q, k, v, query_pos, key_pos):
         T, S = q.size(2), k.size(2)
         if query_pos.dim() == 1 and T in (1, S):  # all rows alike: the queries are the last T of the S keys, so that
             return attend(q, k, v, None, T == S, self.rate)  # a single one sees all, and the kernel knows the square
         return attend(q, k, v, dense(self.allows, query_pos, key_pos), False, self.rate)  # (1 or B, 1, T, S)
+
+
+def keeping(patterns, batch_size, length):
+    """A KVCache for the layers that have these patterns."""
+    each = [pattern.slots(length) for pattern in patterns]
+    parts = max(map(len, each))  # of heads, in the layer that has most
+    slots = [own[part] if part < len(own) else Slots(length) for part in range(parts) for own in each]
+    return KVCache(batch_size, length, len(patterns), slots)
 
 
 def head_sizes(config):

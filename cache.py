@@ -1,16 +1,18 @@
 """
 The keys and values of one decoding, so that a step computes only its own.
 
-A cache is a buffer indexed by positions: slot s of a row holds position s, for ever. One KVCache serves all layers of
-one decoding and counts once per row how many positions are stored. Whoever decodes owns it and passes it down, so two
-decodings on one model cannot meet. A pass is checked before anything is written and counted after every layer has
-written. What lies behind the count is overwritten before it is read, or hidden by the mask: so a pass that fails
-half-way has stored nothing (a row that it was to start afresh is empty), and going back is moving the count.
+A cache is a buffer indexed by positions: slot s of a row holds position s, for ever, unless a layer's pattern need not
+see everything and declares other Slots. One KVCache serves all layers of one decoding and counts once per row how many
+positions are stored. Whoever decodes owns it and passes it down, so two decodings on one model cannot meet. A pass is
+checked before anything is written and counted after every layer has written. What lies behind the count is overwritten
+before it is read, or hidden by the mask: so a pass that fails half-way has stored nothing (a row that it was to start
+afresh is empty), and going back is moving the count.
 
 Shapes: B rows, T new positions, S stored positions, KV key/value heads, D head_dim. This file imports nothing of ours.
 """
 
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -33,7 +35,7 @@ def passing(cache, start_pos, x, block_size):
         if cache is None or start_pos.numel() not in (1, B) or B > (cache.batch_size or B):
             raise ValueError(f"start_pos is a tensor of {start_pos.numel()} positions for {B} rows: it must hold 1 or "
                              f"{B}, with a cache of so many rows")
-        cache.stop = cache.length
+        cache.begin(None, T)
         yield start_pos.view(-1, 1) + new
         return
     starts = [start_pos] * B if isinstance(start_pos, int) else list(start_pos)
@@ -42,14 +44,37 @@ def passing(cache, start_pos, x, block_size):
         raise ValueError(f"position {stop - 1} is beyond block_size={block_size}: shorten the text or raise block_size")
     if cache is not None:
         cache.check(starts, B, T)
-        if afresh := [row for row, start in enumerate(starts) if start == 0]:
-            cache.clear(afresh)
-        cache.filled, cache.stop = starts, stop
+        cache.begin(starts, T)
     elif any(starts):
         raise ValueError(f"start_pos={start_pos} needs a cache (use_kv_cache=True): without one nothing precedes x")
     yield stop - T + new if alike else torch.tensor(starts, device=x.device)[:, None] + new
-    if cache is not None:  # every layer has written: now the new positions count, and now old ones could be let go
-        cache.filled = [start + T for start in starts]
+    if cache is not None:  # every layer has written: now the new positions count
+        cache.filled, cache.chunk = [start + T for start in starts], cache.arriving
+        if cache.view:
+            cache.settle()
+
+
+LONG = 2**31 - 1  # a length that no text reaches
+
+
+@dataclass(frozen=True)
+class Slots:
+    """
+    Where a layer keeps positions: each in a slot of its own, for ever. Where a pattern declares others (sparse.py),
+    positions share slots, and a newer one evicts an older, which no later query can see.
+    """
+
+    size: int  # slots of a row
+    evicts = False
+
+    @property
+    def length(self):
+        """How long a text may become."""
+        return self.size
+
+    def remembers(self, position, count):
+        """Whether all that a query there can see of what lies before it is there, when `count` have been stored."""
+        return True
 
 
 class KVCache:
@@ -59,15 +84,34 @@ class KVCache:
     what makes the cache small (Shazeer 2019). filled: how many positions are stored, one int per row. batch_size: None
     for as many rows as the largest text has had, which then may move to a larger buffer when it starts.
 
+    slots: per layer, where its positions are kept; None for Slots(length). A layer whose heads are kept in different
+    ways has several buffers, n_layer apart.
+
     Not a module, so the buffers are in no state_dict; written detached, so they carry no gradient.
     """
 
-    def __init__(self, batch_size, length, n_layer=1):
-        self.batch_size, self.length = batch_size, length
-        self.k, self.v = [None] * n_layer, [None] * n_layer
+    def __init__(self, batch_size, length, n_layer=1, slots=None):
+        self.batch_size, self.n_layer, self.slots = batch_size, n_layer, slots or [Slots(length)] * n_layer
+        self.length = min(each.length for each in self.slots)
+        self.k, self.v = [None] * len(self.slots), [None] * len(self.slots)
         self.filled = [0] * (batch_size or 0)
-        self.slots = None  # (length,): the position that each slot holds
-        self.stop = 0      # slots that the pass in progress reads
+        self.most = list(self.filled)  # how far each row has ever come: what lies behind it has taken slots
+        self.places, self.chunk = None, {}  # keys and values of the last chunk, of layers that evict
+        self.view = False              # whether the buffers are another cache's, which must not wait for a chunk
+        self.begin(None, 0)
+
+    def begin(self, starts, T):
+        """A pass of T positions begins at starts, one per row; None: only the device knows them."""
+        self.settle()
+        self.stop = LONG if starts is None else max(starts, default=0) + T  # how far a pass reads
+        self.starts, self.arriving, self.now = starts, {}, {}
+        if starts is None:
+            return
+        if afresh := [row for row, start in enumerate(starts) if start == 0]:
+            self.clear(afresh)
+        most = self.most if any(starts) else starts
+        self.most = [max(start and n, start + (T == 1)) for start, n in zip(starts, most)]
+        self.filled = starts
 
     def update(self, layer, pos, k, v):
         """
@@ -76,17 +120,51 @@ class KVCache:
         last; with (B, T) they reach as far as the longest row, and the mask hides what lies in a row's future.
         """
         B, _, T, _ = k.shape
-        kept = self.k[layer]
+        slots, kept, k, v = self.slots[layer], self.k[layer], k.detach(), v.detach()
         if kept is None or (kept.dtype, kept.device, kept.shape[1::2]) != (k.dtype, k.device, k.shape[1::2]):
             self._allocate(layer, k)
+        if slots.evicts:
+            return self._evict(layer, pos, (k, v), (self.k[layer][:B], self.v[layer][:B]))
         keys, values = self.k[layer][:B, :, : self.stop], self.v[layer][:B, :, : self.stop]
         if pos.dim() == 1:
-            keys[:, :, self.stop - T :], values[:, :, self.stop - T :] = k.detach(), v.detach()
+            keys[:, :, self.stop - T :], values[:, :, self.stop - T :] = k, v
         else:
-            b = torch.arange(B, device=k.device)[:, None]
-            keys[b, :, pos] = k.detach().transpose(1, 2)  # (B, T, KV, D), the shape of an indexed write
-            values[b, :, pos] = v.detach().transpose(1, 2)
-        return keys, values, self.slots[: self.stop]
+            write(keys, pos, k)
+            write(values, pos, v)
+        return keys, values, self.places[: self.stop]
+
+    def _evict(self, layer, pos, new, kept):
+        """
+        update() where positions share slots. All slots are returned, with the positions that they hold, (S,) or (B, S).
+        A single position evicts only what it cannot see, so it is written first. A chunk is attended to beside what is
+        stored, and evicts when the next pass begins: then all layers have succeeded, and padding or drafts are gone.
+        """
+        slots, one = self.slots[layer], pos.size(-1) == 1
+        if slots not in self.now:  # the same for all layers
+            self.now[slots] = slots.held(pos + 1 if one else pos[..., :1])
+        if one:
+            for buffer, x in zip(kept, new):
+                write(buffer, slots.of(pos), x)
+            return *kept, self.now[slots]
+        self.arriving[layer] = new
+        if not any(self.starts):
+            return *new, pos
+        return *(torch.cat(both, 2) for both in zip(kept, new)), torch.cat([self.now[slots], pos], -1)
+
+    @torch.no_grad()
+    def settle(self):
+        """Let the last chunk, as much of it as still counts, take its slots."""
+        for layer, new in self.chunk.items():
+            T, slots, device = new[0].size(2), self.slots[layer], new[0].device
+            counts, starts = (torch.tensor(n, device=device)[:, None] for n in (self.filled, self.starts))
+            index = slots.held(counts) - starts  # (B, slots): where in the chunk is what they shall hold?
+            arrives = ((0 <= index) & (index < T))[:, None, :, None]
+            for buffers, x in zip((self.k, self.v), new):
+                at = index.clamp(0, T - 1)[:, None, :, None].expand(-1, x.size(1), -1, x.size(3))
+                kept = buffers[layer][: len(x)]
+                kept.copy_(x.gather(2, at).where(arrives, kept))
+        if self.chunk:
+            self.most, self.chunk = list(map(max, self.most, self.filled)), {}
 
     def check(self, starts, B, T):
         """Raise ValueError if B rows cannot store T positions at their starts. Changes nothing."""
@@ -109,6 +187,12 @@ class KVCache:
         to = [position] * len(self.filled) if isinstance(position, int) else list(map(int, position))
         if len(to) != len(self.filled) or not all(0 <= p <= n for p, n in zip(to, self.filled)):
             raise ValueError(f"cannot rewind to position {position}: {self.filled} positions are stored")
+        if not self.chunk:  # else it has not taken its slots, and what is rewound never will
+            self.most = list(map(max, self.most, self.filled))
+        for p, n, most in zip(to, self.starts if self.chunk else self.filled, self.most):
+            for slots in set(self.slots) if p < n else []:
+                if not slots.remembers(p, most):
+                    raise ValueError(f"cannot rewind to position {p}: what it sees has been evicted from {slots}")
         self.filled = to
 
     def clear(self, rows):
@@ -116,6 +200,7 @@ class KVCache:
         Make zeros of these rows again: what a mask hides is multiplied by 0, and a NaN of an earlier text would stay
         one. (So a text is not to be continued behind numbers that were not finite.)
         """
+        self.settle()
         if self.k[0] is not None and len(self.k[0]) <= max(rows):  # batch_size is None, and no text had so many
             self.k, self.v = [None] * len(self.k), [None] * len(self.k)
         self._each(lambda x: x.index_fill_(0, torch.tensor(rows, device=x.device), 0))
@@ -125,45 +210,53 @@ class KVCache:
         Row i becomes what row rows[i] was, in place; fewer rows shrink the batch. Raises ValueError if there is no such
         row, or no room for so many.
         """
+        self.settle()
         if len(rows) > (self.batch_size or len(self.filled)) or not all(0 <= r < len(self.filled) for r in rows):
             raise ValueError(f"cannot make rows {rows} of {len(self.filled)} in a cache of {self.batch_size}")
-        moved, top = [i for i, row in enumerate(rows) if i != row], max(self.filled, default=0)
+        moved = [i for i, row in enumerate(rows) if i != row]
+        top = LONG if any(slots.evicts for slots in self.slots) else max(self.filled, default=0)  # slots in use
         if moved:
             source = [rows[i] for i in moved]
             self._each(lambda x: x[:, :, :top].index_copy_(0, torch.tensor(moved, device=x.device), x[source, :, :top]))
-        self.filled = [self.filled[row] for row in rows]
+        self.filled, self.most = ([counts[row] for row in rows] for counts in (self.filled, self.most))
 
     @torch.inference_mode(False)  # as in _allocate
     def expand(self, n):
         """Every row n times, side by side, in new buffers: one prefill for several samples or beams."""
+        self.settle()
         B = len(self.filled)
         self.k, self.v = self._each(lambda x: x[:B].repeat_interleave(n, 0))
-        self.batch_size, self.filled = n * B, [count for count in self.filled for _ in range(n)]
+        self.batch_size = n * B
+        self.filled, self.most = ([count for count in counts for _ in range(n)] for counts in (self.filled, self.most))
 
     @torch.inference_mode(False)  # as in _allocate
     def fork(self):
         """A copy that goes its own way."""
-        return self._like(self.batch_size, self.filled, torch.Tensor.clone)
+        return self._like(self.batch_size, slice(None), torch.Tensor.clone)
 
     def row(self, i):
         """A view of one row: what is written through it is written here, and counted here by whoever wrote it."""
         if None in self.k or not 0 <= i < len(self.filled):
             raise ValueError(f"there is no row {i} to be viewed: {len(self.filled)} are stored, after a prefill")
-        return self._like(1, self.filled[i : i + 1], lambda x: x[i : i + 1])
+        other = self._like(1, slice(i, i + 1), lambda x: x[i : i + 1])
+        other.view = True
+        return other
 
     @property
     def nbytes(self):
         """Bytes reserved, of all layers."""
+        self.settle()
         return sum(x.nbytes for x in (*self.k, *self.v) if x is not None)
 
     def _each(self, function):
         """The function of every buffer, as two lists like k and v."""
         return [[None if x is None else function(x) for x in buffers] for buffers in (self.k, self.v)]
 
-    def _like(self, batch_size, filled, function):
-        other = KVCache(batch_size, self.length, len(self.k))
+    def _like(self, batch_size, rows, function):
+        self.settle()
+        other = KVCache(batch_size, self.length, self.n_layer, self.slots)
         other.k, other.v = self._each(function)
-        other.filled, other.slots = list(filled), self.slots
+        other.filled, other.most, other.places = self.filled[rows], self.most[rows], self.places
         return other
 
     @torch.inference_mode(False)  # a buffer born in inference mode could never be written outside it
@@ -173,10 +266,18 @@ class KVCache:
                         for x in (self.k[layer], k))
             raise ValueError(f"layer {layer} of the cache holds {was}, but the keys are now {now}: start again at "
                              f"start_pos=0")
-        shape = self.batch_size or k.size(0), k.size(1), self.length, k.size(3)
+        size = self.slots[layer].size
+        shape = self.batch_size or k.size(0), k.size(1), size, k.size(3)
         self.k[layer] = torch.zeros(shape, dtype=k.dtype, device=k.device)
         self.v[layer] = torch.zeros_like(self.k[layer])
-        self.slots = torch.arange(self.length, device=k.device)
+        if not self.slots[layer].evicts:
+            self.places = torch.arange(size, device=k.device)  # the positions of the keys
+
+
+def write(buffer, at, x):
+    """Put x, (B, KV, T, D), into the slots (T,) or (B, T) of a buffer (B, KV, slots, D)."""
+    b = torch.arange(len(x), device=x.device)[:, None]
+    buffer[b, :, at] = x.transpose(1, 2)  # (B, T, KV, D), the shape of an indexed write
 
 
 # -----------------------------------------------------------------------------

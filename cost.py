@@ -24,8 +24,10 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
+from attention import Causal
 from cache import KVCache, Memory
 from plumbing.errors import UserError
+from plumbing.patterns import patterns
 
 # -----------------------------------------------------------------------------
 # Watching from outside
@@ -47,7 +49,7 @@ def watch(model, see):
         return lambda module, args, out: see(name, module, *args, out)
 
     return [module.register_forward_hook(hook(name)) for name, module in model.named_modules()
-            if name.endswith(".pattern")]
+            if ".pattern" in name and hasattr(module, "rate")]  # where heads are split, a part of them at a time
 
 
 def layer_and_role(name):
@@ -200,10 +202,11 @@ class Linear(NamedTuple):
 
 def linears(config):
     """Every linear of a GPT or BART, as a table. All have a bias, but for a GPT's head."""
-    C, kv, inner, V = config.n_embd, config.kv_width, config.inner, config.vocab_size
+    C, inner, V = config.n_embd, config.inner, config.vocab_size
+    encoder, decoder, cross = (2 * config.of(role).kv_width for role in ("encoder", "decoder", "cross"))
     stack, L = ("decoder", config.n_decoder_layer) if config.is_encoder_decoder else ("h", config.n_layer)
     table = [
-        Linear(stack + ".{}.attn.c_attn", L, C, C + 2 * kv, "decoder"),
+        Linear(stack + ".{}.attn.c_attn", L, C, C + decoder, "decoder"),
         Linear(stack + ".{}.attn.c_proj", L, C, C, "decoder"),
         Linear(stack + ".{}.mlp.c_fc", L, C, inner, "decoder"),
         Linear(stack + ".{}.mlp.c_proj", L, inner, C, "decoder"),
@@ -211,11 +214,11 @@ def linears(config):
     ]
     if config.is_encoder_decoder:
         table += [row._replace(name=row.name.replace("decoder", "encoder"), layers=config.n_encoder_layer, of="encoder")
-                  for row in table[:4]]
+                  for row in (table[0]._replace(n_out=C + encoder), *table[1:4])]
         table += [
             Linear("decoder.{}.cross.c_q", L, C, C, "decoder"),
             Linear("decoder.{}.cross.c_proj", L, C, C, "decoder"),
-            Linear("decoder.{}.cross.c_kv", L, C, 2 * kv, "source"),
+            Linear("decoder.{}.cross.c_kv", L, C, cross, "source"),
         ]
     return table
 
@@ -251,19 +254,23 @@ def predict(config, strategy, N, M, batch_size=1, itemsize=4):
     known = [name for name in FORMULAS if bart or name != "hoisted"]
     if strategy not in known:
         raise UserError(f"strategy={strategy!r:.60} has no closed form: choose one of {', '.join(known)}")
-    encoder, source, decoder, every = FORMULAS[strategy](N, P, M)
-    rows = {"encoder": B * encoder, "source": B * source, "decoder": B * decoder, "head": B * M}
-    scores = B * L * sum(T * (S + N) for T, S in calls) + (B * config.n_encoder_layer * N * encoder if bart else 0)
+    encoder, projected, decoder, every = FORMULAS[strategy](N, P, M)
+    rows = {"encoder": B * encoder, "source": B * projected, "decoder": B * decoder, "head": B * M}
+    kept = [(make or Causal)(0.0).slots(P + M) for make in patterns(config, L)]  # where each layer keeps a text
+    size = lambda S: sum(sum(one.size if one.evicts else S for one in own) / len(own) for own in kept)  # of all layers
+    scores = sum(T * ((size(S) if T == 1 and strategy == "cached" else L * S) + L * N) for T, S in calls)
+    scores = B * scores + (B * config.n_encoder_layer * N * encoder if bart else 0)
     table = linears(config)
     read = itemsize * sum(row.layers * weights(config, row) for row in table if row.of in {"decoder", "head"} | every)
-    position = 2 * L * B * config.kv_width * itemsize * (strategy == "cached")  # keys and values of one position
+    position, source = (2 * B * config.of(role).kv_width * itemsize * (strategy == "cached") for role in
+                        ("decoder", "cross"))  # bytes of the keys and values of one position, in one layer
     return dict(
         encoder_tokens=rows["encoder"], decoder_tokens=rows["decoder"],
         linear_rows={row.name.format(i): rows[row.of] for row in table for i in range(row.layers)},
         linear_flops=sum(2 * row.layers * rows[row.of] * row.n_in * row.n_out for row in table),
-        attention_flops=4 * config.n_embd * scores,
-        self_cache_bytes=position * (P + M), cross_cache_bytes=position * N,
-        weight_bytes=read, step_bytes=read + position * (P + M - 1 + N))  # the last token's is never filled
+        attention_flops=round(4 * config.n_embd * scores),
+        self_cache_bytes=round(position * size(P + M)), cross_cache_bytes=source * L * N,
+        weight_bytes=read, step_bytes=read + round(position * size(P + M - 1)) + source * L * N)  # the last is not filled
 
 
 # -----------------------------------------------------------------------------

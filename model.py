@@ -14,9 +14,10 @@ from typing import ClassVar
 import torch
 import torch.nn as nn
 
-from attention import CausalSelfAttention, CrossAttention, Dropout, SelfAttention, head_sizes, key_positions
-from cache import KVCache, Memory, passing
+from attention import CausalSelfAttention, CrossAttention, Dropout, SelfAttention, head_sizes, keeping, key_positions
+from cache import Memory, passing
 from plumbing.errors import UserError
+from plumbing.patterns import patterns
 
 # -----------------------------------------------------------------------------
 # Configurations. Slots make a misspelt field an error. The defaults are GPT-2's and BART-base's.
@@ -36,7 +37,12 @@ class Config:
     attn_pdrop: float = 0.1
     resid_pdrop: float = 0.1
     layer_norm_eps: float = 1e-5
+    pattern: str | list = "full"   # what a decoder's position sees, see sparse.py; a list has one for each layer
     tie_weights: bool = True       # one matrix embeds (on both sides) and is the output head
+
+    def of(self, role):
+        """The configuration as attention in one role sees it: "encoder", "decoder" or "cross"."""
+        return replace(self, n_kv_head=getattr(self, f"n_{role}_kv_head", None) or self.n_kv_head)
 
     @property
     def kv_width(self):
@@ -72,9 +78,11 @@ class Config:
                 if field.name.endswith("_id") and i is not None and not 0 <= i < self.vocab_size:
                     raise UserError(f"{field.name}={i} is outside the vocabulary of {self.vocab_size} (ids from 0)")
         try:
-            head_sizes(self)
+            for role in ("encoder", "decoder", "cross"):
+                head_sizes(self.of(role))
         except ValueError as error:
             raise UserError(str(error)) from None
+        patterns(self.of("decoder"), self.n_decoder_layer if self.is_encoder_decoder else self.n_layer)
 
 
 @dataclass(slots=True)
@@ -90,6 +98,8 @@ class BARTConfig(Config):
     is_encoder_decoder: ClassVar[bool] = True
     n_encoder_layer: int = 6
     n_decoder_layer: int = 6
+    n_decoder_kv_head: int | None = None  # of the decoder's self-attention, None = n_kv_head
+    n_cross_kv_head: int | None = None    # of the attention to the source, None = n_kv_head
     vocab_size: int = 50265
     scale_embedding: bool = False  # multiply embeddings by sqrt(n_embd)
     bos_id: int = 0
@@ -126,7 +136,7 @@ class Block(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         self.ln_1 = layer_norm(config)
-        self.attn = CausalSelfAttention(config, layer)
+        self.attn = CausalSelfAttention(config, layer, patterns(config, config.n_layer)[layer])
         self.ln_2 = layer_norm(config)
         self.mlp = MLP(config, nn.GELU("tanh"))
 
@@ -155,9 +165,10 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, config, layer):
         super().__init__()
-        self.attn = CausalSelfAttention(config, layer)
+        own = config.of("decoder")
+        self.attn = CausalSelfAttention(own, layer, patterns(own, config.n_decoder_layer)[layer])
         self.ln_1 = layer_norm(config)
-        self.cross = CrossAttention(config)
+        self.cross = CrossAttention(config.of("cross"))
         self.ln_cross = layer_norm(config)
         self.mlp = MLP(config, nn.GELU())
         self.ln_2 = layer_norm(config)
@@ -199,7 +210,8 @@ class Model(nn.Module):
 
     def new_cache(self, batch_size, length=None):
         """A KVCache for one decoding: all layers, batch_size rows of `length` positions, None for block_size."""
-        return KVCache(batch_size, length or self.config.block_size, len(self.decoder_layers()))
+        patterns = [layer.attn.pattern for layer in self.decoder_layers()]
+        return keeping(patterns, batch_size, length or self.config.block_size)
 
     def own_cache(self):
         """The cache that the model keeps for use_kv_cache=True, with as many rows as the largest batch so far."""

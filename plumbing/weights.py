@@ -86,6 +86,7 @@ DEPTH = {"h": "n_layer", "encoder": "n_encoder_layer", "decoder": "n_decoder_lay
 # first value being the one we write.
 GPT_FIELDS = {
     "n_layer": (None, "n_layer"), "n_head": (None, "n_head"), "n_kv_head": (None, "n_kv_head"),
+    "pattern": ("full", "pattern"),
     "n_embd": (None, "n_embd"), "n_inner": (None, "n_inner"), "vocab_size": (None, "vocab_size"),
     "block_size": (None, "n_positions"), "embd_pdrop": (0.1, "embd_pdrop"), "attn_pdrop": (0.1, "attn_pdrop"),
     "resid_pdrop": (0.1, "resid_pdrop"), "layer_norm_eps": (1e-5, "layer_norm_epsilon"),
@@ -97,6 +98,8 @@ GPT_FIXED = dict(activation_function=("gelu_new", "gelu_pytorch_tanh"), scale_at
 BART_FIELDS = {
     "n_encoder_layer": (None, "encoder_layers"), "n_decoder_layer": (None, "decoder_layers"),
     "n_head": (None, "encoder_attention_heads", "decoder_attention_heads"), "n_kv_head": (None, "n_kv_head"),
+    "pattern": ("full", "pattern"),
+    "n_decoder_kv_head": (None, "n_decoder_kv_head"), "n_cross_kv_head": (None, "n_cross_kv_head"),
     "n_embd": (None, "d_model"), "n_inner": (None, "encoder_ffn_dim", "decoder_ffn_dim"),
     "vocab_size": (None, "vocab_size"), "block_size": (None, "max_position_embeddings"),
     "embd_pdrop": (None, "embd_pdrop"), "attn_pdrop": (0.0, "attention_dropout"), "resid_pdrop": (0.1, "dropout"),
@@ -121,7 +124,8 @@ FORMATS = [
     Format(GPT, "gpt2", "mindecode-gpt", "GPT2LMHeadModel", GPT_TABLE, "transformer.", "transformer.wte.weight",
            GPT_FIELDS, GPT_FIXED, {}, "GELU(approximate='tanh')"),
     Format(BART, "bart", "mindecode-bart", "BartForConditionalGeneration", BART_TABLE, "model.", "model.shared.weight",
-           BART_FIELDS, BART_FIXED, {"layer_norm_eps": 1e-5}, "GELU(approximate='none')"),
+           BART_FIELDS, BART_FIXED, {"layer_norm_eps": 1e-5, "n_decoder_kv_head": None, "n_cross_kv_head": None},
+           "GELU(approximate='none')"),
 ]
 
 MAX_SIZE = 2**28  # of any number in a config: beyond every model, and products of three of them still fit 64 bits
@@ -133,14 +137,15 @@ WRITTEN = {"model_type", "architectures", "dtype", "comment", "n_ctx", "bos_toke
 
 def published(fmt, config):
     """The table for a config, layer by layer: our name -> (their names, How, the shape of ours)."""
-    C, kv, lines = config.n_embd, config.kv_width, {}
-    sizes = {"V": config.vocab_size, "P": config.block_size, "C": C, "I": config.inner, "KV": 2 * kv, "QKV": C + 2 * kv}
+    C, lines = config.n_embd, {}
+    sizes = {"V": config.vocab_size, "P": config.block_size, "C": C, "I": config.inner}
     for ours, (theirs, how, letters) in fmt.table.items():
         if config.tie_weights:
             if ours in TIED:
                 continue
             theirs = fmt.shared if ours == "wte.weight" else theirs
-        shape = tuple(sizes[letter] for letter in letters.split())
+        kv = 2 * config.of(next((role for role in ("encoder", "cross") if role in ours), "decoder")).kv_width
+        shape = tuple((sizes | {"KV": kv, "QKV": C + kv})[letter] for letter in letters.split())
         for layer in range(getattr(config, DEPTH[ours.split(".")[0]])) if "*" in ours else [0]:
             for end in [""] if ours.endswith((".weight", ".bias")) else [".weight", ".bias"]:
                 left, parts, right = re.fullmatch(r"([^{]*)(?:\{(.*)\})?(.*)", theirs.replace("*", str(layer))).groups()
@@ -165,10 +170,12 @@ def entries(fmt, model):
 
 def export(fmt, model):
     """The tensors under their names and in their layouts; on the meta device, the shapes that a file must have."""
-    C, kv, tensors = model.config.n_embd, model.config.kv_width, {}
+    C, tensors = model.config.n_embd, {}
     for _, x, theirs, how in entries(fmt, model):
         x = how.save(x.detach())
-        parts = x.split([C, kv, kv][-len(theirs):]) if len(theirs) > 1 else [x]  # q, k, v or k, v
+        n = len(theirs)
+        kv = (len(x) - C * (n - 2)) // 2
+        parts = x.split([C, kv, kv][-n:]) if n > 1 else [x]  # q, k, v or k, v
         tensors.update(zip(theirs, parts))
     return tensors
 
@@ -177,7 +184,7 @@ def differences(fmt, model):
     """What a model is or has that theirs is not or has not, as phrases: with any of them it is of our own type."""
     config, lines = model.config, published(fmt, model.config)
     found = [] if type(model) is fmt.model else [f"class {type(model).__name__}"]
-    always = {"n_kv_head": config.n_kv_head and config.n_head} | fmt.always  # None, too, is as many as n_head
+    always = {"n_kv_head": config.n_kv_head and config.n_head, "pattern": "full"} | fmt.always  # None, too, is n_head
     changed = [name for name, value in always.items() if getattr(config, name) != value]
     found += [f"{name}={getattr(config, name)}" for name in changed + own_fields(fmt, config)]
     parts = {"act": fmt.activation, "pattern": PATTERNS}

@@ -215,7 +215,7 @@ LEVEL = {"cache": 0, "sampling": 0, "attention": 1, "sparse": 2, "model": 3, "co
 LESSON = sorted(ROOT.glob("*.py"))
 PLUMBING = sorted(ROOT.glob("plumbing/*.py"))
 SOURCE = LESSON + PLUMBING
-BUILDS_MODELS = {"models", "weights"}  # the only ones in plumbing/ that may know the lesson
+KNOWS = {"models": {"model"}, "weights": {"model"}, "patterns": {"attention", "sparse"}}  # who builds, of plumbing/
 
 
 def nodes(path, *kinds):
@@ -242,8 +242,7 @@ def test_imports_point_down(path):
 
 @pytest.mark.parametrize("path", PLUMBING, ids=lambda path: path.name)
 def test_plumbing_does_not_know_the_lesson(path):
-    allowed = {"model"} if path.stem in BUILDS_MODELS else set()
-    assert imports(path) & LEVEL.keys() <= allowed
+    assert imports(path) & LEVEL.keys() <= KNOWS.get(path.stem, set())
 
 
 @pytest.mark.parametrize("path", SOURCE, ids=lambda path: path.name)

@@ -17,6 +17,7 @@ from model import BART, GPT, BARTConfig, GPTConfig
 from plumbing.errors import UserError
 from plumbing.report import comparison_table, shape_table
 from plumbing.utils import set_seed
+from test_schedules import random_pattern
 
 
 def tiny_bart(**sizes):
@@ -107,12 +108,16 @@ def random_case(seed):
     shared = dict(n_head=n_head, n_kv_head=draw.choice([None] + [k for k in range(1, n_head + 1) if n_head % k == 0]),
                   n_embd=n_head * draw.choice([2, 4]), n_inner=draw.choice([None, 5, 24]),
                   vocab_size=draw.randint(5, 40))
+    if seed >= 24:
+        shared["pattern"] = random_pattern(draw, shared | {"block_size": 5})
     layers = dict(n_encoder_layer=draw.randint(1, 3), n_decoder_layer=draw.randint(1, 3))
+    if seed >= 24:
+        layers |= dict(n_decoder_kv_head=draw.choice([None, n_head]), n_cross_kv_head=draw.choice([None, 1, n_head]))
     model = tiny_bart(**shared, **layers) if seed % 3 else tiny_gpt(**shared, n_layer=draw.randint(1, 3))
     return model, draw.randint(1, 20), draw.randint(1, 9), draw.randint(1, 3)
 
 
-@pytest.mark.parametrize("seed", range(24))
+@pytest.mark.parametrize("seed", range(48))  # from 24 on with sparse patterns
 def test_the_prediction_equals_the_count(seed):
     model, N, M, B = random_case(seed)
     for strategy in strategies(model):
