@@ -174,8 +174,8 @@ def export(fmt, model):
     for _, x, theirs, how in entries(fmt, model):
         x = how.save(x.detach())
         n = len(theirs)
-        kv = (len(x) - C * (n - 2)) // 2
-        parts = x.split([C, kv, kv][-n:]) if n > 1 else [x]  # q, k, v or k, v
+        kv = (x.size(0) - C * (n - 2)) // 2 if n > 1 else 0  # all of q, k, v, or of k, v
+        parts = x.split([C, kv, kv][-n:]) if kv else [x]
         tensors.update(zip(theirs, parts))
     return tensors
 

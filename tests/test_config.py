@@ -215,7 +215,8 @@ LEVEL = {"cache": 0, "sampling": 0, "attention": 1, "sparse": 2, "model": 3, "co
 LESSON = sorted(ROOT.glob("*.py"))
 PLUMBING = sorted(ROOT.glob("plumbing/*.py"))
 SOURCE = LESSON + PLUMBING
-KNOWS = {"models": {"model"}, "weights": {"model"}, "patterns": {"attention", "sparse"}}  # who builds, of plumbing/
+KNOWS = {"models": {"model"}, "weights": {"model"}, "patterns": {"attention", "sparse"},
+         "attention_bench": {"attention", "cache"}}  # who builds, of plumbing/
 
 
 def nodes(path, *kinds):
