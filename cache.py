@@ -161,7 +161,7 @@ class KVCache:
         return [[None if x is None else function(x) for x in buffers] for buffers in (self.k, self.v)]
 
     def _like(self, batch_size, filled, function):
-        other = KVCache(batch_size, self.length, len(self.k))
+        other = type(self)(batch_size, self.length, len(self.k))
         other.k, other.v = self._each(function)
         other.filled, other.slots = list(filled), self.slots
         return other

@@ -85,7 +85,7 @@ def count(model):
         cost.decoder[cost.steps] += args[0].shape[:-1].numel()
 
     def stored(module, args, out):
-        found = {KEPT[type(x)]: x.nbytes for x in args if type(x) in KEPT}
+        found = {role: x.nbytes for x in args for kind, role in KEPT.items() if isinstance(x, kind)}
         cost.caches = found if "self" in found else {}  # the memory of an uncached call is not kept
 
     layers = model.decoder_layers()

@@ -103,9 +103,9 @@ def hoisted(model, sources, B, room, choose):
     return step
 
 
-def cached(model, sources, B, room, choose):
+def cached(model, sources, B, room, choose, cache=None):  # cache: an empty one, of another kind than the model's
     memory = project(model, *encode(model, sources))
-    cache, held = model.new_cache(B, room), list(range(B))
+    cache, held = cache or model.new_cache(B, room), list(range(B))
 
     def step(rows, which):
         nonlocal memory, held
