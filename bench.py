@@ -3,14 +3,16 @@ Measure what the README claims, on your machine.
 
     python bench.py compare --model out/gpt-tiny --prompt "The if statement"
     python bench.py compare --random bart-base --prompt-tokens 1024 --max-new-tokens 100
+    python bench.py compare --random gpt2 --prompt-tokens 32 --strategies naive,cached,further.concat:slip
     python bench.py trace --model out/bart-headline --prompt-file article.txt
     python bench.py report --model out/bart-headline --prompt-file article.txt --output page.html
     python bench.py load --random gpt2-xl --dtype bfloat16 --device cuda
 
-compare runs every strategy on the same input: do they write the same, what does each cost, and where they differ, is
-it rounding or a bug, and where? It exits with 1 where there is a bug. trace prints the shape of every matrix product,
-which are fixed and which grow. report writes a page that shows the decoding step by step. load says how long
-load_pretrained takes beside merely reading the file, and how much memory. All decode greedily.
+compare runs every strategy on the same input, or those that are named (MODULE:FUNCTION is one of your own): do they
+write the same, what does each cost, and where they differ, is it rounding or a bug, and where? It exits with 1 where
+there is a bug: further.concat:slip is one, from a lecture note, its cache lacks the newest token. trace prints the
+shape of every matrix product, which are fixed and which grow. report writes a page that shows the decoding step by
+step. load says how long load_pretrained takes beside merely reading the file, and how much memory. All decode greedily.
 """
 
 import json
@@ -32,7 +34,7 @@ import torch
 
 from compare import compare
 from cost import attention_weights, count, matrix
-from generate import generate, strategies
+from generate import find_strategy, generate, strategies
 from plumbing import cli, report
 from plumbing.models import PRESETS, count_parameters, random_config, random_model
 from plumbing.utils import DTYPES, pick_device
@@ -42,13 +44,14 @@ from plumbing.weights import load_pretrained, save_pretrained
 # compare
 
 
-def compare_request(request):
-    """compare() of every strategy that the model has on a cli.Request."""
-    return compare(request.model, strategies(request.model), *request.batch(), **request.options)
+def compare_request(request, names=None):
+    """compare() on a cli.Request, of the strategies with these names, or of all that the model has."""
+    makes = {name: find_strategy(request.model, name) for name in names or strategies(request.model)}
+    return compare(request.model, makes, *request.batch(), **request.options)
 
 
 def print_comparison(request, args):
-    result = compare_request(request)
+    result = compare_request(request, args.strategies and args.strategies.split(","))
     for done in result["strategies"] if request.tokenizer and not request.json else []:
         print(f"--- {done['strategy']}\n{request.shown}{request.tokenizer.decode(done['ids'][0])}\n")
     print(json.dumps(result) if request.json else report.comparison_table(result))
@@ -236,7 +239,10 @@ def main(args=None):
         cli.add_random(section)
         if name == "trace":  # compare's closed forms know of none
             cli.add_decoder_prompt(section)
-            section.add_argument("--strategy", help="naive, hoisted (BART) or cached, which is the default")
+            section.add_argument("--strategy", help=f"{cli.STRATEGY}; default: cached")
+        if name == "compare":
+            section.add_argument("--strategies", metavar="A,B,...", help=f"the first is what the others are held "
+                                 f"against; each is {cli.STRATEGY}; default: all that the model has")
         if name == "report":
             section.add_argument("--output", metavar="FILE.html", required=True, help="where the page is written")
     add_load(sections.add_parser("load", description="load_pretrained beside reading the file"))

@@ -20,7 +20,7 @@ from statistics import mean
 import torch
 
 from cost import FORMULAS, count, hooks, predict, rows_through, watch
-from generate import prepare, stream
+from generate import naive, prepare, stream
 
 FALLS = 1e6   # so many times smaller is a difference in fp64 if it is rounding ...
 TINY = 1e-10  # ... or smaller than this, relative to the largest number beside it
@@ -76,6 +76,7 @@ def compare(model, makes, prompts, max_new_tokens, **options):
     bytes x M x B x V.
     """
     reference, exact, outcomes, N = None, None, [], max(map(len, prompts))
+    first_make = next(iter(makes.values()))
     given = prepare(model, prompts, max_new_tokens, options.get("decoder_prompts"))
     for name, make in makes.items():
         start = lambda: stream(model, prompts, max_new_tokens, strategy=make, **options)
@@ -92,7 +93,7 @@ def compare(model, makes, prompts, max_new_tokens, **options):
         if largest or first:
             exact = exact or in_fp64(model, given, reference[0])  # once for all strategies
             finding = judge(exact, make, given, reference[0], largest, first)
-            itself = judge(exact, next(iter(makes.values())), given, reference[0], largest, None, last_only=True)
+            itself = judge(exact, first_make, given, reference[0], largest, None, last_only=first_make is naive)
             outcomes[0]["finding"] = itself if itself["verdict"] == "bug" else outcomes[0]["finding"]
         if counts != closed and finding["verdict"] != "bug":
             finding = dict(verdict="bug", kind="counts", step=None)
@@ -131,7 +132,7 @@ def judge(exact, make, given, ids, largest, first, last_only=False):
     attention ("self", "cross" or None), kind ("positions", "keys", "values", "mask", "input", "head" or "choosing") and
     note.
     exact: see in_fp64(). given: sources and rows, as prepare() has them. last_only: look at the last step alone, the
-    longest; it is for the reference, which keeps nothing between its steps.
+    longest; it is for a strategy that keeps nothing between its steps.
     """
     (model, alone), (sources, rows) = exact, given
     worst, M = 0.0, max(map(len, ids))

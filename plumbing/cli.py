@@ -16,6 +16,7 @@ from plumbing.weights import load_generation_config, load_model, locate
 MAX_PROMPT = 2**24  # bytes
 MAX_SAMPLES = 1024  # rows of one batch
 DEFAULT_NEW_TOKENS = 100
+STRATEGY = "naive, hoisted (BART), cached, or MODULE:FUNCTION for one of your own"
 SOURCES = [["--model", "--prompt"], ["--model", "--prompt-file"], ["--model", "-"], ["--random", "--prompt-tokens"]]
 # keys of generation_config.json that change what is generated and that nothing here can honour, unless they are idle
 UNSUPPORTED = {"repetition_penalty": 1.0, "encoder_no_repeat_ngram_size": 0, "bad_words_ids": None, "typical_p": 1.0,
@@ -85,7 +86,7 @@ def parse(doc, args=None):
     add_arguments(parser)
     add_decoder_prompt(parser)
     add = parser.add_argument
-    add("--strategy", default="cached", help="naive, hoisted (BART) or cached")
+    add("--strategy", default="cached", help=f"{STRATEGY}; default: cached")
     add("--temperature", type=REAL, help="0 = greedy")
     add("--top-k", type=WHOLE, metavar="K", help="draw among the K most likely tokens")
     add("--top-p", type=REAL, metavar="P", help="draw among the most likely tokens that have probability P together")

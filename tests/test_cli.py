@@ -116,7 +116,13 @@ BAD_GENERATE = {  # arguments: what the line on stderr must name
     f"{GPT} --temperature 1 --seed -1": "seed=-1",
     f"{GPT} --temperature 1 --seed " + "9" * 30: "seed=999",
     f"{GPT} --strategy nonsense": "nonsense",
-    f"{GPT} --strategy hoisted": "hoisted",
+    f"{GPT} --strategy hoisted": "naive, cached",
+    f"{GPT} --strategy further.concat:conkat": "functions of further.concat: concat, slip",
+    f"{GPT} --strategy further.concat:": "functions of further.concat: concat, slip",
+    f"{GPT} --strategy further.concat": "MODULE:FUNCTION",
+    f"{GPT} --strategy no.such:thing": "No module named 'no'",
+    f"{GPT} --strategy :thing": "':thing'",
+    f"{GPT} --strategy further:thing": "it has none",
     f"{GPT} --num-samples 0": "--num-samples 0",
     f"{GPT} --num-samples 3": "--temperature",
     f"{GPT} --temperature 1 --num-samples 9999999999999": "--num-samples",
@@ -142,6 +148,12 @@ BAD_BENCH = {
     f"compare {GPT} --top-k 5": "--top-k",
     f"compare {GPT} --stats": "--stats",
     f"compare {GPT} --strategy naive": "--strategy",
+    f"compare {GPT} --strategies cached,nonsense": "'nonsense'",
+    f"compare {GPT} --strategies cached,hoisted": "naive, cached",
+    f"compare {GPT} --strategies cached,": "''",
+    f"compare {GPT} --strategies cached,further.concat:conkat": "functions of further.concat: concat, slip",
+    f"report {GPT} --output {{tmp}}/page.html --strategies cached": "--strategies",
+    f"trace {GPT} --strategy no.such:thing": "No module named 'no'",
     f"compare {GPT} --max-new-tokens 62": "block_size=64",
     f"compare {GPT} --num-samples 0": "--num-samples 0",
     "compare --model {gpt}": "one prompt",
@@ -397,6 +409,53 @@ def test_json_is_one_object_a_line_and_says_what_the_text_says(tiny_gpt):
     assert all(tiny_gpt.tokenizer.decode(line["ids"]) == line["text"] for line in lines)
     line = json.loads(call(generate.main, *args, "--json").out)
     assert call(generate.main, *args).out == "the" + line["text"] + "\n"
+
+
+OWN = """
+from further.concat import concat
+from generate import cached
+
+
+def backwards(model, sources, B, room, choose):
+    return cached(model, [source[::-1] for source in sources], B, room, choose)
+"""
+
+
+def test_a_strategy_of_ones_own_is_named_by_its_module(tiny_bart, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    for name, text in {"own_steps": OWN, "spoilt_steps": "def x(:", "leaving_steps": "import sys; sys.exit(0)"}.items():
+        (tmp_path / f"{name}.py").write_text(text)
+    args = "--model", tiny_bart.path, "--prompt", "abcde"
+    same = call(generate.main, *args)
+    assert call(generate.main, *args, "--strategy", "own_steps:concat") == same
+    assert call(generate.main, *args, "--strategy", "own_steps:backwards").out != same.out
+    told = call(generate.main, *args, "--strategy", "own_steps:concat", "--stats").err
+    assert "new tokens" in told and "cache" not in told  # what it keeps is its own affair
+    traced = [call(bench.main, "trace", *args, *more) for more in ([], ["--strategy", "own_steps:concat"])]
+    assert traced[0] == traced[1] and traced[0].code == 0
+    compared = call(bench.main, "compare", *args, "--strategies", "hoisted,own_steps:backwards", "--json")
+    names = [done["strategy"] for done in json.loads(compared.out)["strategies"]]
+    assert compared.code == 1 and names == ["hoisted", "own_steps:backwards"]
+    for name, words in {"spoilt_steps": "SyntaxError", "leaving_steps": "SystemExit"}.items():
+        refused = call(bench.main, "compare", *args, "--strategies", f"cached,{name}:step")
+        assert_refused(refused)
+        assert words in refused.err and name in refused.err
+    refused = call(generate.main, *args, "--strategy", "own_steps:forwards")
+    assert_refused(refused)
+    assert "functions of own_steps: backwards" in refused.err
+
+
+def test_what_builds_on_the_core_is_imported_only_when_it_is_asked_for(tiny_gpt, monkeypatch):
+    args = "compare", "--model", tiny_gpt.path, "--prompt", "the", "--max-new-tokens", 5
+    for name in ("further", "further.concat"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    assert call(bench.main, *args).code == 0 and "further" not in sys.modules
+    outcome = call(bench.main, *args, "--strategies", "cached,further.concat:concat,further.concat:slip")
+    assert outcome.code == 1 and "slip: BUG, first at step 2, row 0, layer 0, self-attention: keys" in outcome.out
+    assert "naive" not in outcome.out and "further.concat:concat: BUG" not in outcome.out
+    # as a program, which is another module than the one that the strategy is built on
+    args = "--model", tiny_gpt.path, "--prompt", "the", "--max-new-tokens", 5
+    assert finish(shell("generate.py", *args, "--strategy", "further.concat:concat")) == call(generate.main, *args)
 
 
 def test_samples_follow_the_seed_and_differ_among_each_other(tiny_gpt):

@@ -126,6 +126,14 @@ def test_concatenation_is_rounding_and_the_slip_is_a_bug_from_the_second_step_on
     assert "slip: BUG, first at step 2" in comparison_table(result)
 
 
+def test_a_bug_of_the_strategy_that_the_others_are_held_against_is_found():
+    model = rough(GPT(GPTConfig(n_layer=2, **SIZES)), torch.float32)
+    result = compare(model, {"slip": slip, "cached": cached}, PROMPTS, 8, ignore_eos=True)
+    first, second = (s["finding"] for s in result["strategies"])
+    assert result["bug"] and (first["verdict"], first["step"], first["kind"]) == ("bug", 2, "keys")
+    assert second["verdict"] == "rounding"
+
+
 def test_rows_at_different_positions_are_refused_by_name():
     model = rough(GPT(GPTConfig(n_layer=1, **SIZES)))
     with pytest.raises(ValueError, match=r"shape \(2, 1\).* no ragged rows .* use a KVCache"):
