@@ -80,7 +80,7 @@ def write_report(request, args):
     """Compare the strategies, collect the attention weights of a cached run, and write both as a page."""
     config = request.model.config
     N = len(request.ids) if config.is_encoder_decoder else 0
-    T = config.starts(len(request.ids)) + request.max_new_tokens - 1
+    T = config.starts(len(request.ids)) + len(request.begun) + request.max_new_tokens - 1
     report.check_size(config.n_head * len(request.model.decoder_layers()) * T * (T + N))
     report.check_path(args.output)
     result = compare_request(request)
@@ -88,7 +88,7 @@ def write_report(request, args):
         new = generate(request.model, *request.batch(), **request.options)[0]
     weights = {role: [matrix(calls)[0] for calls in layers if calls] for role, layers in weights.items()}
     show = request.tokenizer.show if request.tokenizer else str
-    source, target = (request.ids, [config.start_id, *new]) if N else ([], request.ids + new)
+    source, target = (request.ids, [config.start_id, *request.begun, *new]) if N else ([], request.ids + new)
     report.write_report(args.output, result, [show(i) for i in source], [show(i) for i in target], weights)
     print(json.dumps(result) if request.json else report.comparison_table(result))
     print(f"wrote {args.output}", file=sys.stderr)
@@ -237,8 +237,7 @@ def main(args=None):
         section = sections.add_parser(name, description=what)
         cli.add_arguments(section)
         cli.add_random(section)
-        if name == "trace":  # compare's closed forms know of none
-            cli.add_decoder_prompt(section)
+        if name == "trace":
             section.add_argument("--strategy", help=f"{cli.STRATEGY}; default: cached")
         if name == "compare":
             section.add_argument("--strategies", metavar="A,B,...", help=f"the first is what the others are held "

@@ -69,15 +69,16 @@ def compare(model, makes, prompts, max_new_tokens, **options):
     Run strategies on the same input, greedily, and put the counts, times and outputs beside each other.
 
     makes: name -> what makes its step, as strategies(model) has it; the first is the reference. prompts: B lists of
-    ids; counts equal closed forms where all are as long, or none ends before the others. options: further arguments of
-    stream(). The counting hooks are in the timed runs: they cost microseconds, where a second run would cost the naive
-    minutes. Returns a dict for JSON: N, M, batch_size, distinct (ids in the longest text), bug (whether there is one),
-    and `strategies`, a list of dicts, each with a finding: see judge(). Logits of all steps are kept while it runs: 16
-    bytes x M x B x V.
+    ids; counts are held against closed forms where all are as long, decoder prompts too, or none ends before the
+    others. options: further arguments of stream(). The counting hooks are in the timed runs: they cost microseconds,
+    where a second run would cost the naive minutes. Returns a dict for JSON: N, M, batch_size, distinct (ids in the
+    longest text), bug (whether there is one), and `strategies`, a list of dicts, each with a finding: see judge().
+    Logits of all steps are kept while it runs: 16 bytes x M x B x V.
     """
     reference, exact, outcomes, N = None, None, [], max(map(len, prompts))
     first_make = next(iter(makes.values()))
-    given = prepare(model, prompts, max_new_tokens, options.get("decoder_prompts"))
+    given = _, rows = prepare(model, prompts, max_new_tokens, options.get("decoder_prompts"))
+    begun, sizes = max(map(len, rows)) - model.config.starts(N), {(len(a), len(b)) for a, b in zip(prompts, rows)}
     for name, make in makes.items():
         start = lambda: stream(model, prompts, max_new_tokens, strategy=make, **options)
         for _ in islice(start(), None if model.wte.weight.is_cuda else 1):
@@ -85,8 +86,8 @@ def compare(model, makes, prompts, max_new_tokens, **options):
         cost, ids, logits, seconds = measure(model, start)
         reference = reference or (ids, logits, sum(seconds))
         largest, first = first_difference(*reference[:2], ids, logits)
-        known = name in FORMULAS and options.get("decoder_prompts") is None
-        closed = [predict(model.config, name, N, len(row)) for row in ids if known]  # rows leave when they end
+        known = name in FORMULAS and 1 in (len(sizes), len(set(map(len, ids))))  # else padding varies as rows leave
+        closed = [predict(model.config, name, N, len(row), begun=begun) for row in ids if known]
         counts = [cost.encoder_tokens, cost.decoder_tokens]
         closed = [sum(c[f"{stack}_tokens"] for c in closed) for stack in ("encoder", "decoder")] if closed else counts
         finding = dict(verdict="equal")

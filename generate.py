@@ -283,13 +283,12 @@ def write_text(request):
 
 def show_stats(request, rows, seconds):
     """What the generation took, on stderr."""
-    config, N = request.model.config, len(request.ids)
-    M = len(request.begun) + request.max_new_tokens
-    S = config.starts(N) + M
-    itemsize = request.model.wte.weight.element_size()
-    bytes_ = cost.predict(config, "cached", N, M, len(rows), itemsize)["self_cache_bytes"]
-    bytes_ *= request.options["strategy"] == "cached"
-    kept = f"; cache of {S} positions, {bytes_:,} bytes" if request.options["strategy"] in cost.FORMULAS else ""
+    config, strategy, N, begun = request.model.config, request.options["strategy"], len(request.ids), len(request.begun)
+    kept, S = "", config.starts(N) + begun + request.max_new_tokens
+    if strategy in cost.FORMULAS:  # what one of your own keeps is not known
+        predicted = cost.predict(config, strategy, N, request.max_new_tokens, len(rows),
+                                 request.model.wte.weight.element_size(), begun)
+        kept = f"; cache of {S} positions, {predicted['self_cache_bytes']:,} bytes"
     later = seconds[1:] or [0.0]
     print(f"{N} prompt tokens, first token after {1e3 * seconds[0]:.1f} ms; {sum(map(len, rows))} new tokens, "
           f"{1e3 * sum(later) / len(later):.2f} ms per step after it{kept}", file=sys.stderr)

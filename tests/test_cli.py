@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -158,6 +159,9 @@ BAD_BENCH = {
     f"compare {GPT} --num-samples 0": "--num-samples 0",
     "compare --model {gpt}": "one prompt",
     "compare --model {gpt} --random gpt2 --prompt the": "--random",
+    f"compare {GPT} --decoder-prompt the": "--decoder-prompt",
+    f"report {GPT} --output {{tmp}}/page.html --decoder-prompt the": "--decoder-prompt",
+    "compare --model {bart} --prompt abc --decoder-prompt abcdefghijk": "block_size=12",
     f"trace {GPT} --num-samples 2": "--num-samples 2",
     f"trace {GPT} --strategy hoisted": "hoisted",
     f"trace {GPT} --output x": "--output",
@@ -395,6 +399,26 @@ def test_a_decoder_prompt_is_continued_and_shown_like_the_prompt_of_a_gpt(tiny_b
     assert {r["out"][-2] for r in records if r["attention"] == "self" and r["step"] == 1 and r["phase"] != "encode"} == {5}
 
 
+def test_compare_and_report_continue_a_decoder_prompt_and_count_it(tiny_bart, tmp_path, monkeypatch):
+    args = ["--model", tiny_bart.path, "--prompt", "abcde", "--decoder-prompt", "ed", "--max-new-tokens", 5]
+    args.append("--ignore-eos")
+    outcome = call(bench.main, "compare", *args, "--json")
+    assert outcome.code == 0, outcome
+    done = {s["strategy"]: s for s in json.loads(outcome.out)["strategies"]}
+    assert done["cached"]["closed_form"] == [7, 4 + 4] and done["hoisted"]["closed_form"] == [7, 4 * 5 + 5 * 4 // 2]
+    assert all(s["closed_form"] == [s["encoder_tokens"], s["decoder_tokens"]] for s in done.values())
+    assert "--- cached\ned" in call(bench.main, "compare", *args).out
+    page, sizes = tmp_path / "page.html", []
+    monkeypatch.setattr(bench.report, "check_size", sizes.append)
+    assert call(bench.main, "report", *args, "--output", page).code == 0
+    assert sizes[0] == sizes[1] > 0  # what is refused before the work is what would be refused after it
+    data = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page.read_text(), re.S)[1])
+    new = done["cached"]["ids"][0]
+    show = tiny_bart.tokenizer.show
+    assert data["calls"] == 5 and data["target"][2:] == ["e", "d", *map(show, new)] and len(data["target"]) == 4 + 5
+    assert data["shapes"]["self"][1:] == [8, 8] and data["shapes"]["cross"][1:] == [8, 7]
+
+
 def test_underscores_do_as_well_as_hyphens(places):
     hyphens = call(generate.main, "--model", places["gpt"], "--prompt", "a_b", "--max-new-tokens", 5, "--no-stream")
     assert hyphens.code == 0 and hyphens.out.startswith("a_b")
@@ -466,13 +490,17 @@ def test_samples_follow_the_seed_and_differ_among_each_other(tiny_gpt):
     assert len(texts) == 4 and len(set(texts)) == 4 and all(text.startswith("the") for text in texts)
 
 
-def test_stats_go_to_stderr_and_change_nothing_else(tiny_gpt):
+def test_stats_go_to_stderr_and_change_nothing_else(tiny_gpt, tiny_bart):
     args = ["--model", tiny_gpt.path, "--prompt", "the", "--max-new-tokens", 20]
     plain, outcome = call(generate.main, *args), call(generate.main, *args, "--stats")
     assert outcome.out == plain.out and plain.err == ""
     assert "3 prompt tokens" in outcome.err and "20 new tokens" in outcome.err
     config = tiny_gpt.model.config
     assert f"{2 * config.n_layer * 23 * config.n_embd * 4:,} bytes" in outcome.err
+    config, args = tiny_bart.model.config, ["--model", tiny_bart.path, "--prompt", "abc", "--max-new-tokens", 4]
+    told = call(generate.main, *args, "--decoder-prompt", "cb", "--stats").err
+    assert "cache of 8 positions" in told  # two that frame it, the two letters, and four
+    assert f"{2 * config.n_decoder_layer * 8 * config.n_embd * 4:,} bytes" in told
 
 
 def test_without_a_limit_it_writes_what_fits(tiny_gpt):
