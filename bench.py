@@ -36,7 +36,7 @@ from compare import compare
 from cost import attention_weights, count, matrix
 from generate import find_strategy, generate, strategies
 from plumbing import cli, report
-from plumbing.models import PRESETS, count_parameters, random_config, random_model
+from plumbing.models import PRESETS, check_memory, count_parameters, random_config, random_model
 from plumbing.utils import DTYPES, pick_device
 from plumbing.weights import load_pretrained, save_pretrained
 
@@ -45,16 +45,21 @@ from plumbing.weights import load_pretrained, save_pretrained
 
 
 def compare_request(request, names=None):
-    """compare() on a cli.Request, of the strategies with these names, or of all that the model has."""
-    makes = {name: find_strategy(request.model, name) for name in names or strategies(request.model)}
-    return compare(request.model, makes, *request.batch(), **request.options)
+    """
+    compare() on a cli.Request, of the strategies with these names, or of all that the model has. Raises UserError,
+    before anything is computed, if the model in fp64 does not fit beside it.
+    """
+    model = request.model
+    check_memory("the copy in fp64 that tells rounding from a bug", model.config, 8, str(model.wte.weight.device))
+    makes = {name: find_strategy(model, name) for name in names or strategies(model)}
+    return compare(model, makes, *request.batch(), **request.options)
 
 
 def print_comparison(request, args):
     result = compare_request(request, args.strategies and args.strategies.split(","))
     for done in result["strategies"] if request.tokenizer and not request.json else []:
         print(f"--- {done['strategy']}\n{request.shown}{request.tokenizer.decode(done['ids'][0])}\n")
-    print(json.dumps(result) if request.json else report.comparison_table(result))
+    print(report.strict_json(result) if request.json else report.comparison_table(result))
     if result["bug"]:
         sys.exit(1)
 
@@ -90,7 +95,7 @@ def write_report(request, args):
     show = request.tokenizer.show if request.tokenizer else str
     source, target = (request.ids, [config.start_id, *request.begun, *new]) if N else ([], request.ids + new)
     report.write_report(args.output, result, [show(i) for i in source], [show(i) for i in target], weights)
-    print(json.dumps(result) if request.json else report.comparison_table(result))
+    print(report.strict_json(result) if request.json else report.comparison_table(result))
     print(f"wrote {args.output}", file=sys.stderr)
 
 
