@@ -4,15 +4,17 @@ Measure what the README claims, on your machine.
     python bench.py compare --model out/gpt-tiny --prompt "The if statement"
     python bench.py compare --random bart-base --prompt-tokens 1024 --max-new-tokens 100
     python bench.py decode --random gpt2 --prompt-tokens 32 --max-new-tokens 32
+    python bench.py compare --random gpt2 --prompt-tokens 32 --strategies naive,cached,further.concat:slip
     python bench.py trace --model out/bart-headline --prompt-file article.txt
     python bench.py report --model out/bart-headline --prompt-file article.txt --output page.html
     python bench.py load --random gpt2-xl --dtype bfloat16 --device cuda
 
-compare runs every strategy on the same input: do they write the same, what does each cost, and where they differ, is
-it rounding or a bug, and where? It exits with 1 where there is a bug. decode predicts how long a decode step takes on
-this machine, and measures it; without a model, for twenty settings. trace prints the shape of every matrix product,
-which are fixed and which grow. report writes a page that shows the decoding step by step. load says how long
-load_pretrained takes beside merely reading the file, and how much memory. All decode greedily.
+compare runs every strategy on the same input, or those that are named (MODULE:FUNCTION is one of your own): do they
+write the same, what does each cost, and where they differ, is it rounding or a bug, and where? It exits with 1 where
+there is a bug: further.concat:slip is one, from a lecture note, its cache lacks the newest token. decode predicts how
+long a decode step takes on this machine, and measures it; without a model, for twenty settings. trace prints the shape
+of every matrix product, which are fixed and which grow. report writes a page that shows the decoding step by step. load
+says how long load_pretrained takes beside merely reading the file, and how much memory. All decode greedily.
 """
 
 import json
@@ -35,9 +37,9 @@ from tqdm import tqdm
 
 from compare import compare
 from cost import attention_weights, count, matrix
-from generate import generate, strategies
+from generate import find_strategy, generate, strategies
 from plumbing import cli, report
-from plumbing.models import PRESETS, count_parameters, random_config, random_model
+from plumbing.models import PRESETS, check_memory, count_parameters, random_config, random_model
 from plumbing.utils import DTYPES, pick_device
 from plumbing.weights import load_pretrained, save_pretrained
 from roofline import Products, bandwidth, explain, seconds_per_call
@@ -46,9 +48,14 @@ from roofline import Products, bandwidth, explain, seconds_per_call
 # compare
 
 
-def compare_request(request):
-    """compare() of every strategy that the model has on a cli.Request, and why their steps take so long."""
-    model, makes, (prompts, max_new_tokens) = request.model, strategies(request.model), request.batch()
+def compare_request(request, names=None):
+    """
+    compare() on a cli.Request, of the strategies with these names, or of all that the model has, and why their steps
+    take so long. Raises UserError, before anything is computed, if the model in fp64 does not fit beside it.
+    """
+    model, (prompts, max_new_tokens) = request.model, request.batch()
+    check_memory("the copy in fp64 that tells rounding from a bug", model.config, 8, str(model.wte.weight.device))
+    makes = {name: find_strategy(model, name) for name in names or strategies(model)}
     result = compare(model, makes, prompts, max_new_tokens, **request.options)
     products = Products(model.wte.weight.dtype, model.wte.weight.device)
     for one, make in zip(result["strategies"], makes.values()) if result["M"] > 1 else []:
@@ -58,10 +65,10 @@ def compare_request(request):
 
 
 def print_comparison(request, args):
-    result = compare_request(request)
+    result = compare_request(request, args.strategies and args.strategies.split(","))
     for done in result["strategies"] if request.tokenizer and not request.json else []:
         print(f"--- {done['strategy']}\n{request.shown}{request.tokenizer.decode(done['ids'][0])}\n")
-    print(json.dumps(result) if request.json else report.comparison_table(result))
+    print(report.strict_json(result) if request.json else report.comparison_table(result))
     if result["bug"]:
         sys.exit(1)
 
@@ -126,7 +133,7 @@ def write_report(request, args):
     """Compare the strategies, collect the attention weights of a cached run, and write both as a page."""
     config = request.model.config
     N = len(request.ids) if config.is_encoder_decoder else 0
-    T = config.starts(len(request.ids)) + request.max_new_tokens - 1
+    T = config.starts(len(request.ids)) + len(request.begun) + request.max_new_tokens - 1
     report.check_size(config.n_head * len(request.model.decoder_layers()) * T * (T + N))
     report.check_path(args.output)
     result = compare_request(request)
@@ -134,9 +141,9 @@ def write_report(request, args):
         new = generate(request.model, *request.batch(), **request.options)[0]
     weights = {role: [matrix(calls)[0] for calls in layers if calls] for role, layers in weights.items()}
     show = request.tokenizer.show if request.tokenizer else str
-    source, target = (request.ids, [config.start_id, *new]) if N else ([], request.ids + new)
+    source, target = (request.ids, [config.start_id, *request.begun, *new]) if N else ([], request.ids + new)
     report.write_report(args.output, result, [show(i) for i in source], [show(i) for i in target], weights)
-    print(json.dumps(result) if request.json else report.comparison_table(result))
+    print(report.strict_json(result) if request.json else report.comparison_table(result))
     print(f"wrote {args.output}", file=sys.stderr)
 
 
@@ -284,9 +291,11 @@ def main(args=None):
         section = sections.add_parser(name, description=what)
         cli.add_arguments(section)
         cli.add_random(section)
-        if name == "trace":  # compare's closed forms know of none
-            cli.add_decoder_prompt(section)
-            section.add_argument("--strategy", help="naive, hoisted (BART) or cached, which is the default")
+        if name == "trace":
+            section.add_argument("--strategy", help=f"{cli.STRATEGY}; default: cached")
+        if name == "compare":
+            section.add_argument("--strategies", metavar="A,B,...", help=f"the first is what the others are held "
+                                 f"against; each is {cli.STRATEGY}; default: all that the model has")
         if name == "report":
             section.add_argument("--output", metavar="FILE.html", required=True, help="where the page is written")
     add_load(sections.add_parser("load", description="load_pretrained beside reading the file"))

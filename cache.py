@@ -254,7 +254,7 @@ class KVCache:
 
     def _like(self, batch_size, rows, function):
         self.settle()
-        other = KVCache(batch_size, self.length, self.n_layer, self.slots)
+        other = type(self)(batch_size, self.length, self.n_layer, self.slots)
         other.k, other.v = self._each(function)
         other.filled, other.most, other.places = self.filled[rows], self.most[rows], self.places
         return other

@@ -20,7 +20,7 @@ from statistics import mean
 import torch
 
 from cost import FORMULAS, count, hooks, predict, rows_through, watch
-from generate import prepare, stream
+from generate import naive, prepare, stream
 
 FALLS = 1e6   # so many times smaller is a difference in fp64 if it is rounding ...
 TINY = 1e-10  # ... or smaller than this, relative to the largest number beside it
@@ -69,14 +69,16 @@ def compare(model, makes, prompts, max_new_tokens, **options):
     Run strategies on the same input, greedily, and put the counts, times and outputs beside each other.
 
     makes: name -> what makes its step, as strategies(model) has it; the first is the reference. prompts: B lists of
-    ids; counts equal closed forms where all are as long, or none ends before the others. options: further arguments of
-    stream(). The counting hooks are in the timed runs: they cost microseconds, where a second run would cost the naive
-    minutes. Returns a dict for JSON: N, M, batch_size, distinct (ids in the longest text), bug (whether there is one),
-    and `strategies`, a list of dicts, each with a finding: see judge(). Logits of all steps are kept while it runs: 16
-    bytes x M x B x V.
+    ids; counts are held against closed forms where all are as long, decoder prompts too, or none ends before the
+    others. options: further arguments of stream(). The counting hooks are in the timed runs: they cost microseconds,
+    where a second run would cost the naive minutes. Returns a dict for JSON: N, M, batch_size, distinct (ids in the
+    longest text), bug (whether there is one), and `strategies`, a list of dicts, each with a finding: see judge().
+    Logits of all steps are kept while it runs: 16 bytes x M x B x V.
     """
     reference, exact, outcomes, N = None, None, [], max(map(len, prompts))
-    given = prepare(model, prompts, max_new_tokens, options.get("decoder_prompts"))
+    first_make = next(iter(makes.values()))
+    given = _, rows = prepare(model, prompts, max_new_tokens, options.get("decoder_prompts"))
+    begun, sizes = max(map(len, rows)) - model.config.starts(N), {(len(a), len(b)) for a, b in zip(prompts, rows)}
     for name, make in makes.items():
         start = lambda: stream(model, prompts, max_new_tokens, strategy=make, **options)
         for _ in islice(start(), None if model.wte.weight.is_cuda else 1):
@@ -84,15 +86,15 @@ def compare(model, makes, prompts, max_new_tokens, **options):
         cost, ids, logits, seconds = measure(model, start)
         reference = reference or (ids, logits, sum(seconds))
         largest, first = first_difference(*reference[:2], ids, logits)
-        known = name in FORMULAS and options.get("decoder_prompts") is None
-        closed = [predict(model.config, name, N, len(row)) for row in ids if known]  # rows leave when they end
+        known = name in FORMULAS and 1 in (len(sizes), len(set(map(len, ids))))  # else padding varies as rows leave
+        closed = [predict(model.config, name, N, len(row), begun=begun) for row in ids if known]
         counts = [cost.encoder_tokens, cost.decoder_tokens]
         closed = [sum(c[f"{stack}_tokens"] for c in closed) for stack in ("encoder", "decoder")] if closed else counts
         finding = dict(verdict="equal")
         if largest or first:
             exact = exact or in_fp64(model, given, reference[0])  # once for all strategies
             finding = judge(exact, make, given, reference[0], largest, first)
-            itself = judge(exact, next(iter(makes.values())), given, reference[0], largest, None, last_only=True)
+            itself = judge(exact, first_make, given, reference[0], largest, None, last_only=first_make is naive)
             outcomes[0]["finding"] = itself if itself["verdict"] == "bug" else outcomes[0]["finding"]
         if counts != closed and finding["verdict"] != "bug":
             finding = dict(verdict="bug", kind="counts", step=None)
@@ -132,7 +134,7 @@ def judge(exact, make, given, ids, largest, first, last_only=False):
     attention ("self", "cross" or None), kind ("positions", "keys", "values", "mask", "input", "head" or "choosing") and
     note.
     exact: see in_fp64(). given: sources and rows, as prepare() has them. last_only: look at the last step alone, the
-    longest; it is for the reference, which keeps nothing between its steps.
+    longest; it is for a strategy that keeps nothing between its steps.
     """
     (model, alone), (sources, rows) = exact, given
     worst, M = 0.0, max(map(len, ids))

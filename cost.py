@@ -87,7 +87,7 @@ def count(model):
         cost.decoder[cost.steps] += args[0].shape[:-1].numel()
 
     def stored(module, args, out):
-        found = {KEPT[type(x)]: x.nbytes for x in args if type(x) in KEPT}
+        found = {role: x.nbytes for x in args for kind, role in KEPT.items() if isinstance(x, kind)}
         cost.caches = found if "self" in found else {}  # the memory of an uncached call is not kept
 
     layers = model.decoder_layers()
@@ -238,18 +238,19 @@ FORMULAS = {
 }
 
 
-def predict(config, strategy, N, M, batch_size=1, itemsize=4):
+def predict(config, strategy, N, M, batch_size=1, itemsize=4, begun=0):
     """
     The cost of generating M tokens in closed form, from a GPTConfig (N: the length of the prompt) or a BARTConfig (N:
-    the length of the source; the target is its start token alone), the same in every row. See the top of this file
-    for what M counts. itemsize: bytes of a weight and of a cached number. Raises UserError on another strategy.
+    the length of the source; begun: of the decoder prompt behind the start token), the same in every row. See the top
+    of this file for what M counts. itemsize: bytes of a weight and of a cached number. Raises UserError on another
+    strategy.
 
     Returns a dict: tokens; linear_rows by module name; linear_flops and attention_flops (2 per multiply-add, masked
     scores included); the cache bytes that are allocated; and what the last step reads: weight_bytes of the linears
     that run in it, and step_bytes with the cached keys and values.
     """
     bart, B = config.is_encoder_decoder, batch_size
-    P, N, L = config.starts(N), N if bart else 0, config.n_decoder_layer if bart else config.n_layer
+    P, N, L = config.starts(N) + begun, N if bart else 0, config.n_decoder_layer if bart else config.n_layer
     calls = [(1 if k and strategy == "cached" else P + k, P + k) for k in range(M)]  # (tokens that enter, are seen)
     known = [name for name in FORMULAS if bart or name != "hoisted"]
     if strategy not in known:

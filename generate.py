@@ -18,6 +18,8 @@ padded on the right, and every row decodes at its own position. Padding lies in 
 import json
 import sys
 import time
+from importlib import import_module
+from inspect import isfunction
 
 from plumbing.errors import UserError, guard_imports, run
 
@@ -103,9 +105,9 @@ def hoisted(model, sources, B, room, choose):
     return step
 
 
-def cached(model, sources, B, room, choose):
+def cached(model, sources, B, room, choose, cache=None):  # cache: an empty one, of another kind than the model's
     memory = project(model, *encode(model, sources))
-    cache, held = model.new_cache(B, room), list(range(B))
+    cache, held = cache or model.new_cache(B, room), list(range(B))
 
     def step(rows, which):
         nonlocal memory, held
@@ -123,6 +125,30 @@ def strategies(model):
     if model.config.is_encoder_decoder:
         return {"naive": naive, "hoisted": hoisted, "cached": cached}
     return {"naive": naive, "cached": cached}
+
+
+def find_strategy(model, name):
+    """
+    The strategy of that name: one that the model has, or MODULE:FUNCTION for one of your own, whose module is imported
+    only here. A function is a strategy already. Raises UserError, naming what there is, if there is none.
+    """
+    known = strategies(model)
+    if callable(name) or name in known:
+        return known.get(name, name)
+    module, colon, function = str(name).partition(":")
+    if not colon:
+        raise UserError(f"strategy={name!r} is not one of those this model has: {', '.join(known)}; one of your own "
+                        f"is MODULE:FUNCTION")
+    try:
+        own = vars(import_module(module))
+    except (Exception, SystemExit) as error:  # whatever a module does
+        raise UserError(f"strategy={name!r}: {type(error).__name__}: {error}: name a module that can be imported "
+                        f"from here") from None
+    if not callable(own.get(function)):
+        there = [key for key, value in own.items() if isfunction(value) and value.__module__ == module]
+        raise UserError(f"strategy={name!r} is not one of the functions of {module}: "
+                        f"{', '.join(there) or 'it has none'}")
+    return own[function]
 
 
 # -----------------------------------------------------------------------------
@@ -192,9 +218,7 @@ def stream(model, prompts, max_new_tokens, *, strategy="cached", decoder_prompts
     generate(), one step at a time: an iterator of B lists of new ids, empty for a row that has ended. Whatever is wrong
     with the request is found out here, before anything is computed.
     """
-    make = strategy if callable(strategy) else strategies(model).get(strategy)
-    if make is None:
-        raise UserError(f"strategy={strategy!r} is not one of those this model has: {', '.join(strategies(model))}")
+    make = find_strategy(model, strategy)
     sources, rows = prepare(model, prompts, max_new_tokens, decoder_prompts)
     ends = [] if ignore_eos else model.config.end_ids
     forced = [choice[key] for key in ("forced_first", "forced_last") if choice.get(key) is not None]
@@ -214,7 +238,7 @@ def generate(model, prompts, max_new_tokens, *, strategy="cached", decoder_promp
     prompts: B lists of ids, of any lengths: texts to continue for GPT, sources for BART (whose decoder starts from
     config.start_id, then the row of decoder_prompts, if given). They must fit: prompt + max_new_tokens <= block_size,
     and for BART source <= block_size and 1 + decoder prompt + max_new_tokens <= block_size. strategy: see the top of
-    this file; all give the same tokens; a function that makes a step will do as well. ignore_eos: go on to
+    this file; all give the same tokens; one of your own will do as well, see find_strategy(). ignore_eos: go on to
     max_new_tokens in every row. The rest are fields of Choice: temperature=0.0 (greedy), top_k, top_p, min_p, seed and
     so on.
 
@@ -259,16 +283,15 @@ def write_text(request):
 
 def show_stats(request, rows, seconds):
     """What the generation took, on stderr."""
-    config, N = request.model.config, len(request.ids)
-    M = len(request.begun) + request.max_new_tokens
-    S = config.starts(N) + M
-    itemsize = request.model.wte.weight.element_size()
-    bytes_ = cost.predict(config, "cached", N, M, len(rows), itemsize)["self_cache_bytes"]
-    bytes_ *= request.options["strategy"] == "cached"
+    config, strategy, N, begun = request.model.config, request.options["strategy"], len(request.ids), len(request.begun)
+    kept, S = "", config.starts(N) + begun + request.max_new_tokens
+    if strategy in cost.FORMULAS:  # what one of your own keeps is not known
+        predicted = cost.predict(config, strategy, N, request.max_new_tokens, len(rows),
+                                 request.model.wte.weight.element_size(), begun)
+        kept = f"; cache of {S} positions, {predicted['self_cache_bytes']:,} bytes"
     later = seconds[1:] or [0.0]
     print(f"{N} prompt tokens, first token after {1e3 * seconds[0]:.1f} ms; {sum(map(len, rows))} new tokens, "
-          f"{1e3 * sum(later) / len(later):.2f} ms per step after it; cache of {S} positions, {bytes_:,} bytes",
-          file=sys.stderr)
+          f"{1e3 * sum(later) / len(later):.2f} ms per step after it{kept}", file=sys.stderr)
 
 
 def main(args=None):

@@ -16,6 +16,7 @@ from plumbing.weights import load_generation_config, load_model, locate
 MAX_PROMPT = 2**24  # bytes
 MAX_SAMPLES = 1024  # rows of one batch
 DEFAULT_NEW_TOKENS = 100
+STRATEGY = "naive, hoisted (BART), cached, or MODULE:FUNCTION for one of your own"
 SOURCES = [["--model", "--prompt"], ["--model", "--prompt-file"], ["--model", "-"], ["--random", "--prompt-tokens"]]
 # keys of generation_config.json that change what is generated and that nothing here can honour, unless they are idle
 UNSUPPORTED = {"repetition_penalty": 1.0, "encoder_no_repeat_ngram_size": 0, "bad_words_ids": None, "typical_p": 1.0,
@@ -55,6 +56,7 @@ def add_arguments(parser):
     add("--prompt", metavar="TEXT", help="text to continue (GPT) or to read (BART)")
     add("--prompt-file", metavar="PATH", help="the same from a file, - for standard input")
     add("stdin", nargs="?", metavar="-", help="the same from standard input")
+    add("--decoder-prompt", metavar="TEXT", help="what a BART's text begins with")
     add("--max-new-tokens", type=WHOLE, metavar="M", help=f"at most; default: {DEFAULT_NEW_TOKENS}, or what "
         f"fits: prompt + new tokens <= block_size; of a BART source <= block_size and 1 + new tokens <= block_size")
     add("--num-samples", type=WHOLE, default=1, metavar="N", help="texts from one prompt, as one batch")
@@ -65,11 +67,7 @@ def add_arguments(parser):
     add("--dtype", choices=sorted(DTYPES), help="of the weights; default: as in the file")
     add("--seed", type=WHOLE, help="of what is drawn; default: different every time")
     # not every program has them
-    parser.set_defaults(random=None, prompt_tokens=None, decoder_prompt=None, stats=False, no_stream=False)
-
-
-def add_decoder_prompt(parser):
-    parser.add_argument("--decoder-prompt", metavar="TEXT", help="what a BART's text begins with")
+    parser.set_defaults(random=None, prompt_tokens=None, stats=False, no_stream=False)
 
 
 def add_random(parser):
@@ -83,9 +81,8 @@ def parse(doc, args=None):
     """The arguments of generate.py as a namespace. Raises UserError on what is wrong whatever the model."""
     parser = Parser(prog="generate.py", description=doc)
     add_arguments(parser)
-    add_decoder_prompt(parser)
     add = parser.add_argument
-    add("--strategy", default="cached", help="naive, hoisted (BART) or cached")
+    add("--strategy", default="cached", help=f"{STRATEGY}; default: cached")
     add("--temperature", type=REAL, help="0 = greedy")
     add("--top-k", type=WHOLE, metavar="K", help="draw among the K most likely tokens")
     add("--top-p", type=REAL, metavar="P", help="draw among the most likely tokens that have probability P together")

@@ -170,6 +170,11 @@ def told(s):
             f"(off by {f['size']:.1e} in fp64)")
 
 
+def strict_json(result):
+    """As JSON, which has neither infinities nor NaN: they are null."""
+    return json.dumps(json.loads(json.dumps(result), parse_constant=lambda name: None))
+
+
 # -----------------------------------------------------------------------------
 # The page
 

@@ -22,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 TESTS = ["tests/test_attention.py", "tests/test_schedules.py", "tests/test_model.py", "tests/test_generate.py",
-         "tests/test_sampling.py"]
+         "tests/test_sampling.py", "tests/test_concat.py"]
 MUTANTS = {}
 
 
@@ -688,6 +688,56 @@ def a_rule_reads_the_limit_of_another_row():
     @around(sampling.Chooser, "scores")
     def scores(original, self, logits, rows, which):
         return original(self, logits, rows, range(len(rows)))
+
+
+# -----------------------------------------------------------------------------
+# What is concatenated
+
+
+def concatenating():
+    from further import concat
+    return concat
+
+
+@mutant
+def a_concatenation_counts_only_what_is_new():
+    concat = concatenating()
+
+    @around(concat.ConcatCache, "update")
+    def update(original, self, layer, pos, k, v):
+        before = self.copied
+        found = original(self, layer, pos, k, v)
+        self.copied = before + k.nbytes + v.nbytes
+        return found
+
+
+@mutant
+def a_write_counts_the_whole_buffer():
+    concat = concatenating()
+
+    @around(concat.StaticCache, "update")
+    def update(original, self, layer, pos, k, v):
+        before = self.copied
+        found = original(self, layer, pos, k, v)
+        self.copied = before + sum(x.nbytes for x in found[:2])
+        return found
+
+
+@mutant
+def what_was_rewound_is_concatenated_too():
+    concat = concatenating()
+
+    @around(concat.ConcatCache, "update")
+    def update(original, self, layer, pos, k, v):
+        if pos.dim() == 1 and self.stop > len(pos):
+            self.stop = self.k[layer].size(2) + len(pos)
+        return original(self, layer, pos, k, v)
+
+
+@mutant
+def the_slip_is_none():
+    concat = concatenating()
+    replace(concat.SlipCache, "join", lambda original: concat.ConcatCache.join)
 
 
 # -----------------------------------------------------------------------------

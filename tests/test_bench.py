@@ -1,13 +1,16 @@
 """bench.py measures what it says, on a model small enough to do it in seconds; times themselves are for the reader."""
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
 
 import bench
+from compare import compare
 from conftest import call
 from model import BART
+from plumbing import models
 from plumbing.weights import save_pretrained
 
 
@@ -57,6 +60,43 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(tmp_path, mon
     monkeypatch.setattr(bench.shutil, "disk_usage", lambda folder: bench.shutil._ntuple_diskusage(2**30, 2**30, 2**20))
     outcome = call(bench.main, "load", "--random", "gpt2-xl")
     assert outcome.code == 2 and "5.8 GiB" in outcome.err and "TMPDIR" in outcome.err and not any(tmp_path.iterdir())
+
+
+TOML = "[model]\nn_layer = 1\nn_head = 1\nn_embd = 8\nvocab_size = 20\nblock_size = 16\n"
+
+
+@pytest.fixture
+def random_args(tmp_path):
+    (tmp_path / "gpt.toml").write_text(TOML)
+    return "--random", tmp_path / "gpt.toml", "--prompt-tokens", 3, "--max-new-tokens", 4, "--device", "cpu"
+
+
+@pytest.mark.parametrize("section", [["compare"], ["report", "--output", "page.html"]])
+def test_a_copy_in_fp64_without_room_is_refused_before_anything_is_computed(section, random_args, monkeypatch):
+    monkeypatch.setattr(models, "count_parameters", lambda config: 2**30)
+    monkeypatch.setattr(models, "free_memory", lambda device: 7 * 2**30)  # room for the model itself
+    monkeypatch.setattr(bench, "compare", None)
+    outcome = call(bench.main, *section, *random_args)
+    assert outcome.code == 2 and not outcome.out and outcome.err.count("\n") == 1
+    assert "fp64" in outcome.err and "needs 8.0 GiB and 7.0 GiB are free on cpu: choose a smaller model" in outcome.err
+
+
+def no_constant(name):
+    raise ValueError(f"{name} is no JSON")
+
+
+def test_json_has_null_for_what_is_no_finite_number(random_args, tmp_path, monkeypatch):
+    def unbounded(*args, **options):
+        result = compare(*args, **options)
+        result["strategies"][0] |= {"first_difference": {"gap": math.inf, "difference": math.nan}, "token_seconds": 0.5}
+        return result
+
+    monkeypatch.setattr(bench, "compare", unbounded)
+    for section in (["compare"], ["report", "--output", tmp_path / "page.html"]):
+        outcome = call(bench.main, *section, *random_args, "--json")
+        result = json.loads(outcome.out, parse_constant=no_constant)
+        assert outcome.code == 0 and result["strategies"][0]["first_difference"] == {"gap": None, "difference": None}
+        assert result["strategies"][0]["token_seconds"] == 0.5 and result["N"] == 3
 
 
 def test_what_goes_wrong_in_a_process_of_its_own_is_said_in_one_line(tiny):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -116,7 +117,13 @@ BAD_GENERATE = {  # arguments: what the line on stderr must name
     f"{GPT} --temperature 1 --seed -1": "seed=-1",
     f"{GPT} --temperature 1 --seed " + "9" * 30: "seed=999",
     f"{GPT} --strategy nonsense": "nonsense",
-    f"{GPT} --strategy hoisted": "hoisted",
+    f"{GPT} --strategy hoisted": "naive, cached",
+    f"{GPT} --strategy further.concat:conkat": "functions of further.concat: concat, slip",
+    f"{GPT} --strategy further.concat:": "functions of further.concat: concat, slip",
+    f"{GPT} --strategy further.concat": "MODULE:FUNCTION",
+    f"{GPT} --strategy no.such:thing": "No module named 'no'",
+    f"{GPT} --strategy :thing": "':thing'",
+    f"{GPT} --strategy further:thing": "it has none",
     f"{GPT} --num-samples 0": "--num-samples 0",
     f"{GPT} --num-samples 3": "--temperature",
     f"{GPT} --temperature 1 --num-samples 9999999999999": "--num-samples",
@@ -142,10 +149,19 @@ BAD_BENCH = {
     f"compare {GPT} --top-k 5": "--top-k",
     f"compare {GPT} --stats": "--stats",
     f"compare {GPT} --strategy naive": "--strategy",
+    f"compare {GPT} --strategies cached,nonsense": "'nonsense'",
+    f"compare {GPT} --strategies cached,hoisted": "naive, cached",
+    f"compare {GPT} --strategies cached,": "''",
+    f"compare {GPT} --strategies cached,further.concat:conkat": "functions of further.concat: concat, slip",
+    f"report {GPT} --output {{tmp}}/page.html --strategies cached": "--strategies",
+    f"trace {GPT} --strategy no.such:thing": "No module named 'no'",
     f"compare {GPT} --max-new-tokens 62": "block_size=64",
     f"compare {GPT} --num-samples 0": "--num-samples 0",
     "compare --model {gpt}": "one prompt",
     "compare --model {gpt} --random gpt2 --prompt the": "--random",
+    f"compare {GPT} --decoder-prompt the": "--decoder-prompt",
+    f"report {GPT} --output {{tmp}}/page.html --decoder-prompt the": "--decoder-prompt",
+    "compare --model {bart} --prompt abc --decoder-prompt abcdefghijk": "block_size=12",
     f"trace {GPT} --num-samples 2": "--num-samples 2",
     f"trace {GPT} --strategy hoisted": "hoisted",
     f"trace {GPT} --output x": "--output",
@@ -383,6 +399,26 @@ def test_a_decoder_prompt_is_continued_and_shown_like_the_prompt_of_a_gpt(tiny_b
     assert {r["out"][-2] for r in records if r["attention"] == "self" and r["step"] == 1 and r["phase"] != "encode"} == {5}
 
 
+def test_compare_and_report_continue_a_decoder_prompt_and_count_it(tiny_bart, tmp_path, monkeypatch):
+    args = ["--model", tiny_bart.path, "--prompt", "abcde", "--decoder-prompt", "ed", "--max-new-tokens", 5]
+    args.append("--ignore-eos")
+    outcome = call(bench.main, "compare", *args, "--json")
+    assert outcome.code == 0, outcome
+    done = {s["strategy"]: s for s in json.loads(outcome.out)["strategies"]}
+    assert done["cached"]["closed_form"] == [7, 4 + 4] and done["hoisted"]["closed_form"] == [7, 4 * 5 + 5 * 4 // 2]
+    assert all(s["closed_form"] == [s["encoder_tokens"], s["decoder_tokens"]] for s in done.values())
+    assert "--- cached\ned" in call(bench.main, "compare", *args).out
+    page, sizes = tmp_path / "page.html", []
+    monkeypatch.setattr(bench.report, "check_size", sizes.append)
+    assert call(bench.main, "report", *args, "--output", page).code == 0
+    assert sizes[0] == sizes[1] > 0  # what is refused before the work is what would be refused after it
+    data = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page.read_text(), re.S)[1])
+    new = done["cached"]["ids"][0]
+    show = tiny_bart.tokenizer.show
+    assert data["calls"] == 5 and data["target"][2:] == ["e", "d", *map(show, new)] and len(data["target"]) == 4 + 5
+    assert data["shapes"]["self"][1:] == [8, 8] and data["shapes"]["cross"][1:] == [8, 7]
+
+
 def test_underscores_do_as_well_as_hyphens(places):
     hyphens = call(generate.main, "--model", places["gpt"], "--prompt", "a_b", "--max-new-tokens", 5, "--no-stream")
     assert hyphens.code == 0 and hyphens.out.startswith("a_b")
@@ -399,6 +435,53 @@ def test_json_is_one_object_a_line_and_says_what_the_text_says(tiny_gpt):
     assert call(generate.main, *args).out == "the" + line["text"] + "\n"
 
 
+OWN = """
+from further.concat import concat
+from generate import cached
+
+
+def backwards(model, sources, B, room, choose):
+    return cached(model, [source[::-1] for source in sources], B, room, choose)
+"""
+
+
+def test_a_strategy_of_ones_own_is_named_by_its_module(tiny_bart, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    for name, text in {"own_steps": OWN, "spoilt_steps": "def x(:", "leaving_steps": "import sys; sys.exit(0)"}.items():
+        (tmp_path / f"{name}.py").write_text(text)
+    args = "--model", tiny_bart.path, "--prompt", "abcde"
+    same = call(generate.main, *args)
+    assert call(generate.main, *args, "--strategy", "own_steps:concat") == same
+    assert call(generate.main, *args, "--strategy", "own_steps:backwards").out != same.out
+    told = call(generate.main, *args, "--strategy", "own_steps:concat", "--stats").err
+    assert "new tokens" in told and "cache" not in told  # what it keeps is its own affair
+    traced = [call(bench.main, "trace", *args, *more) for more in ([], ["--strategy", "own_steps:concat"])]
+    assert traced[0] == traced[1] and traced[0].code == 0
+    compared = call(bench.main, "compare", *args, "--strategies", "hoisted,own_steps:backwards", "--json")
+    names = [done["strategy"] for done in json.loads(compared.out)["strategies"]]
+    assert compared.code == 1 and names == ["hoisted", "own_steps:backwards"]
+    for name, words in {"spoilt_steps": "SyntaxError", "leaving_steps": "SystemExit"}.items():
+        refused = call(bench.main, "compare", *args, "--strategies", f"cached,{name}:step")
+        assert_refused(refused)
+        assert words in refused.err and name in refused.err
+    refused = call(generate.main, *args, "--strategy", "own_steps:forwards")
+    assert_refused(refused)
+    assert "functions of own_steps: backwards" in refused.err
+
+
+def test_what_builds_on_the_core_is_imported_only_when_it_is_asked_for(tiny_gpt, monkeypatch):
+    args = "compare", "--model", tiny_gpt.path, "--prompt", "the", "--max-new-tokens", 5
+    for name in ("further", "further.concat"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    assert call(bench.main, *args).code == 0 and "further" not in sys.modules
+    outcome = call(bench.main, *args, "--strategies", "cached,further.concat:concat,further.concat:slip")
+    assert outcome.code == 1 and "slip: BUG, first at step 2, row 0, layer 0, self-attention: keys" in outcome.out
+    assert "naive" not in outcome.out and "further.concat:concat: BUG" not in outcome.out
+    # as a program, which is another module than the one that the strategy is built on
+    args = "--model", tiny_gpt.path, "--prompt", "the", "--max-new-tokens", 5
+    assert finish(shell("generate.py", *args, "--strategy", "further.concat:concat")) == call(generate.main, *args)
+
+
 def test_samples_follow_the_seed_and_differ_among_each_other(tiny_gpt):
     args = ["--model", tiny_gpt.path, "--prompt", "the", "--temperature", 1.5, "--num-samples", 4]
     first, again, other = (call(generate.main, *args, "--seed", seed).out for seed in (1, 1, 2))
@@ -407,13 +490,17 @@ def test_samples_follow_the_seed_and_differ_among_each_other(tiny_gpt):
     assert len(texts) == 4 and len(set(texts)) == 4 and all(text.startswith("the") for text in texts)
 
 
-def test_stats_go_to_stderr_and_change_nothing_else(tiny_gpt):
+def test_stats_go_to_stderr_and_change_nothing_else(tiny_gpt, tiny_bart):
     args = ["--model", tiny_gpt.path, "--prompt", "the", "--max-new-tokens", 20]
     plain, outcome = call(generate.main, *args), call(generate.main, *args, "--stats")
     assert outcome.out == plain.out and plain.err == ""
     assert "3 prompt tokens" in outcome.err and "20 new tokens" in outcome.err
     config = tiny_gpt.model.config
     assert f"{2 * config.n_layer * 23 * config.n_embd * 4:,} bytes" in outcome.err
+    config, args = tiny_bart.model.config, ["--model", tiny_bart.path, "--prompt", "abc", "--max-new-tokens", 4]
+    told = call(generate.main, *args, "--decoder-prompt", "cb", "--stats").err
+    assert "cache of 8 positions" in told  # two that frame it, the two letters, and four
+    assert f"{2 * config.n_decoder_layer * 8 * config.n_embd * 4:,} bytes" in told
 
 
 def test_without_a_limit_it_writes_what_fits(tiny_gpt):

@@ -120,8 +120,11 @@ def random_case(seed):
 @pytest.mark.parametrize("seed", range(48))  # from 24 on with sparse patterns
 def test_the_prediction_equals_the_count(seed):
     model, N, M, B = random_case(seed)
+    begun = seed % 4 if model.config.is_encoder_decoder else 0
+    more = {"decoder_prompts": [[4] * begun] * B} if begun else {}
     for strategy in strategies(model):
-        cost, predicted = counted(model, [[3] * N] * B, M, strategy), predict(model.config, strategy, N, M, B)
+        cost = counted(model, [[3] * N] * B, M, strategy, **more)
+        predicted = predict(model.config, strategy, N, M, B, begun=begun)
         assert predicted["encoder_tokens"] == cost.encoder_tokens
         assert predicted["decoder_tokens"] == cost.decoder_tokens
         assert predicted["linear_rows"] == cost.linear_rows
@@ -279,6 +282,22 @@ def test_a_row_that_ended_or_parted_is_compared_no_further():
     assert first_difference(ids, flat, [[4, 2], [5, 6]], flat) == (0, ended)
 
 
+@pytest.mark.parametrize("starts", [[[7, 8], [9, 4]], [[7, 8, 9], []]], ids=["alike", "ragged"])
+def test_decoder_prompts_have_a_closed_form_too(starts):
+    model, prompts, M = tiny_bart(), [[3] * 9, [5] * 4], 7
+    P = 1 + max(map(len, starts))  # padding counts
+    options = dict(decoder_prompts=starts, ignore_eos=True)
+    again = P * M + M * (M - 1) // 2
+    forms = {"naive": [9 * M, again], "hoisted": [9, again], "cached": [9, P + M - 1]}
+    result = compared(model, prompts, M, **options)
+    assert not result["bug"]
+    for s in result["strategies"]:
+        assert s["closed_form"] == [s["encoder_tokens"], s["decoder_tokens"]] == [2 * n for n in forms[s["strategy"]]]
+    result = compare(model, {"naive": program.naive, "cached": program.hoisted}, prompts, M, **options)
+    assert result["strategies"][1]["finding"]["kind"] == "counts"
+    assert result["strategies"][1]["closed_form"] == [2 * n for n in forms["cached"]]
+
+
 def test_a_strategy_of_ones_own_is_compared_without_a_closed_form():
     result = compare(tiny_gpt(), {"naive": program.naive, "mine": program.cached}, [[3] * 4], 5, ignore_eos=True)
     assert not result["bug"] and result["strategies"][1]["closed_form"] == [0, 8]
@@ -296,6 +315,10 @@ def test_rows_that_end_leave_the_counts_exact():
             assert not result["bug"]
             assert all(s["ids"] == generate(model, prompts, 12) for s in result["strategies"])
             lengths |= {tuple(map(len, result["strategies"][0]["ids"]))}
+            wasteful = compare(model, {"naive": program.naive, "cached": program.naive}, prompts, 12)
+            assert wasteful["bug"] == (result["M"] > 1)  # the counts are really looked at
+            ragged = [prompt[: 1 + i % 4] for i, prompt in enumerate(prompts)]  # what is padded varies: no closed form
+            assert not compared(model, ragged, 12)["bug"]
     assert any(len(set(rows)) > 1 for rows in lengths)  # rows ended at different steps
 
 

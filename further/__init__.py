@@ -1,0 +1,1 @@
+"""Techniques that build on the core. The core never imports them."""
