@@ -45,12 +45,12 @@ def attend(q, k, v, mask=None, is_causal=False, dropout_p=0.0):
     """The same through PyTorch's fused kernel. is_causal only when T == S: the kernel aligns that mask top-left."""
     B, H, T, D = q.shape
     group = H // k.size(1)
-    if group > 1 and not (is_causal and T > 1):  # queries that share a head are rows of one product: it is read once
-        if mask is not None:  # (b, 1 or H, T, S) -> (b, 1 or KV, group * T, S)
-            mask = mask.expand(-1, max(mask.size(1), group), T, -1).flatten(1, 2).unflatten(1, (-1, group * T))
-        q = q.reshape(B, -1, group * T, D)
-        return F.scaled_dot_product_attention(q, k, v, mask, dropout_p).view(B, H, T, -1)
-    return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal, enable_gqa=group > 1)
+    if group == 1 or q.is_cuda or (is_causal and T > 1):  # on CUDA the kernels read a shared head once by themselves
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal, enable_gqa=group > 1)
+    if mask is not None:  # (b, 1 or H, T, S) -> (b, 1 or KV, group * T, S)
+        mask = mask.expand(-1, max(mask.size(1), group), T, -1).flatten(1, 2).unflatten(1, (-1, group * T))
+    q = q.reshape(B, -1, group * T, D)  # elsewhere, if the queries that share it are rows of one product
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout_p).view(B, H, T, -1)
 
 
 # -----------------------------------------------------------------------------

@@ -8,13 +8,15 @@ Measure what the README claims, on your machine.
     python bench.py trace --model out/bart-headline --prompt-file article.txt
     python bench.py report --model out/bart-headline --prompt-file article.txt --output page.html
     python bench.py load --random gpt2-xl --dtype bfloat16 --device cuda
+    python bench.py attention --plot attention.png
 
 compare runs every strategy on the same input, or those that are named (MODULE:FUNCTION is one of your own): do they
 write the same, what does each cost, and where they differ, is it rounding or a bug, and where? It exits with 1 where
 there is a bug: further.concat:slip is one, from a lecture note, its cache lacks the newest token. decode predicts how
 long a decode step takes on this machine, and measures it; without a model, for twenty settings. trace prints the shape
 of every matrix product, which are fixed and which grow. report writes a page that shows the decoding step by step. load
-says how long load_pretrained takes beside merely reading the file, and how much memory. All decode greedily.
+says how long load_pretrained takes beside merely reading the file, and how much memory. attention measures the sparse
+patterns and shared heads by themselves. All decode greedily.
 """
 
 import json
@@ -38,7 +40,7 @@ from tqdm import tqdm
 from compare import compare
 from cost import attention_weights, count, matrix
 from generate import find_strategy, generate, strategies
-from plumbing import cli, report
+from plumbing import attention_bench, cli, report
 from plumbing.models import PRESETS, check_memory, count_parameters, random_config, random_model
 from plumbing.utils import DTYPES, pick_device
 from plumbing.weights import load_pretrained, save_pretrained
@@ -254,6 +256,16 @@ def report_loading(r):
 # -----------------------------------------------------------------------------
 
 
+def attention(args):
+    if args.plot is not None:
+        report.check_path(args.plot)
+    result = attention_bench.measure(args)
+    if args.plot is not None:
+        attention_bench.plot(result, args.plot)
+    where = machine(pick_device(args.device))
+    print(json.dumps(result | dict(machine=where)) if args.json else f"{where}\n\n{attention_bench.tables(result)}")
+
+
 def add_load(parser):
     add = parser.add_argument
     add("--model", metavar="DIR", help="a Hugging Face directory")
@@ -299,9 +311,10 @@ def main(args=None):
         if name == "report":
             section.add_argument("--output", metavar="FILE.html", required=True, help="where the page is written")
     add_load(sections.add_parser("load", description="load_pretrained beside reading the file"))
+    attention_bench.add_arguments(sections.add_parser("attention", description=attention_bench.__doc__))
     args = parser.parse_args(args)
-    if args.section == "load":
-        return load(args)
+    if args.section in ("load", "attention"):
+        return {"load": load, "attention": attention}[args.section](args)
     if args.section == "decode" and args.model is None and args.random is None:
         return decode_settings(parser.parse_args)
     if args.section in ("trace", "report") and args.num_samples > 1:

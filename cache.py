@@ -49,7 +49,7 @@ def passing(cache, start_pos, x, block_size):
         raise ValueError(f"start_pos={start_pos} needs a cache (use_kv_cache=True): without one nothing precedes x")
     yield stop - T + new if alike else torch.tensor(starts, device=x.device)[:, None] + new
     if cache is not None:  # every layer has written: now the new positions count
-        cache.filled, cache.chunk = [start + T for start in starts], cache.arriving
+        cache.filled = [start + T for start in starts]
         if cache.view:
             cache.settle()
 
@@ -96,15 +96,19 @@ class KVCache:
         self.k, self.v = [None] * len(self.slots), [None] * len(self.slots)
         self.filled = [0] * (batch_size or 0)
         self.most = list(self.filled)  # how far each row has ever come: what lies behind it has taken slots
-        self.places, self.chunk = None, {}  # keys and values of the last chunk, of layers that evict
+        self.places = None             # (length,): the positions of the keys, of layers that evict nothing
+        self.chunk = {}                # keys and values of the last chunk, of layers that evict
         self.view = False              # whether the buffers are another cache's, which must not wait for a chunk
         self.begin(None, 0)
 
     def begin(self, starts, T):
         """A pass of T positions begins at starts, one per row; None: only the device knows them."""
+        if starts is None and T > 1 and any(slots.evicts for slots in self.slots):
+            raise ValueError(f"{T} positions that only the device knows may evict what their first still sees: let one "
+                             f"enter at a time, or start at an int")
         self.settle()
         self.stop = LONG if starts is None else max(starts, default=0) + T  # how far a pass reads
-        self.starts, self.arriving, self.now = starts, {}, {}
+        self.starts, self.now = starts, {}
         if starts is None:
             return
         if afresh := [row for row, start in enumerate(starts) if start == 0]:
@@ -146,7 +150,7 @@ class KVCache:
             for buffer, x in zip(kept, new):
                 write(buffer, slots.of(pos), x)
             return *kept, self.now[slots]
-        self.arriving[layer] = new
+        self.chunk[layer] = new
         if not any(self.starts):
             return *new, pos
         return *(torch.cat(both, 2) for both in zip(kept, new)), torch.cat([self.now[slots], pos], -1)
@@ -244,8 +248,7 @@ class KVCache:
 
     @property
     def nbytes(self):
-        """Bytes reserved, of all layers."""
-        self.settle()
+        """Bytes reserved, of all layers. A chunk that has not settled is beside them until the next pass."""
         return sum(x.nbytes for x in (*self.k, *self.v) if x is not None)
 
     def _each(self, function):

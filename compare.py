@@ -156,9 +156,9 @@ def judge(exact, make, given, ids, largest, first, last_only=False):
 
 @contextmanager
 def recorded(model):
-    """In the block, the latest call of every attention: name -> (q, k, v, query_pos, key_pos, out)."""
+    """In the block, the latest call of every attention: name -> (q, k, v, query_pos, key_pos, out, allows)."""
     calls = {}
-    with hooks(watch(model, lambda name, pattern, *call: calls.update({name: call}))):
+    with hooks(watch(model, lambda name, pattern, *call: calls.update({name: (*call, pattern.allows)}))):
         yield calls
 
 
@@ -221,20 +221,22 @@ def look_at_encoder(mine, true, i):
 
 def look_at_self(mine, true, i, n):
     """The queries of the row as locate() has them, and None or the kind and what is wrong, of one causal attention."""
-    q, k, v, query_pos, key_pos, out = mine
+    q, k, v, query_pos, key_pos, out, allows = mine
     query_pos, key_pos = (pos if pos.dim() == 1 else pos[min(i, len(pos) - 1)] for pos in (query_pos, key_pos))
     at = [(t, p) for t, p in enumerate(query_pos.tolist()) if p < n]  # what lies behind is padding
     if not at or at[-1][1] != n - 1:
         return at, ("positions", f"the newest token stands at {query_pos.tolist()[-1]} instead of {n - 1}")
     if any(not same(q[i, :, t], true[0][0, :, p]) for t, p in at):
         return at, WRONG_INPUT
-    slots = [(key_pos == p).nonzero().flatten().tolist() for p in range(n)]
-    for p, found in enumerate(slots):
+    where = torch.arange(n, device=key_pos.device)
+    seen = allows(0, 0, torch.tensor([p for _, p in at], device=key_pos.device)[:, None], where).any(0)
+    slots = {p: (key_pos == p).nonzero().flatten().tolist() for p in where[seen].tolist()}  # the others may be gone
+    for p, found in slots.items():
         if len(found) != 1:
             right = k.size(2) >= n and same(k[i, :, :n], true[1][0, :, :n])  # only where they stand is wrong
             return at, ("positions" if right else "keys", f"{len(found)} keys stand at position {p}")
     for what, x, y in (("keys", k, true[1]), ("values", v, true[2])):
-        for p, [slot] in enumerate(slots):
+        for p, [slot] in slots.items():
             if not same(x[i, :, slot], y[0, :, p]):
                 return at, (what, f"those of position {p} are wrong")
     for t, p in at:
@@ -245,7 +247,7 @@ def look_at_self(mine, true, i, n):
 
 def look_at_cross(mine, true, i, at, B):
     """None, or the kind and what is wrong, of one cross-attention."""
-    q, k, v, _, key_pos, out = mine
+    q, k, v, _, key_pos, out, _ = mine
     rows, N = B // len(k), true[1].size(2)  # rows that ask one source, which has N tokens
     source, before = i // rows, i % rows * (q.size(2) // rows)  # the queries of other rows that stand in front
     if any(not same(q[source, :, before + t], true[0][0, :, p]) for t, p in at):

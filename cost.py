@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
-from attention import Causal
+from attention import NOWHERE, Causal
 from cache import KVCache, Memory
 from plumbing.errors import UserError
 from plumbing.patterns import patterns
@@ -271,7 +271,8 @@ def predict(config, strategy, N, M, batch_size=1, itemsize=4, begun=0):
         linear_flops=sum(2 * row.layers * rows[row.of] * row.n_in * row.n_out for row in table),
         attention_flops=round(4 * config.n_embd * scores),
         self_cache_bytes=round(position * size(P + M)), cross_cache_bytes=source * L * N,
-        weight_bytes=read, step_bytes=read + round(position * size(P + M - 1)) + source * L * N)  # the last is not filled
+        weight_bytes=read,
+        step_bytes=read + round(position * size(P + M - 1)) + source * L * N)  # the last token's is never filled
 
 
 # -----------------------------------------------------------------------------
@@ -283,22 +284,43 @@ def attention_weights(model):
     """
     Collect the decoder's attention weights while it runs, also while it decodes from caches. Yields a dict: "self"
     and "cross" (empty for GPT) -> per layer -> one tensor (B, H, T, S) per call. They are what the pattern makes of the
-    unit vectors as values, so they are right for any pattern. See matrix().
+    unit vectors as values, so they are right for any pattern; what has been evicted weighs nothing. See matrix().
     """
     weights = {"self": [[] for _ in model.decoder_layers()], "cross": [[] for _ in model.decoder_layers()]}
 
-    def see(name, pattern, q, k, *rest):
-        if not name.startswith("encoder"):
-            layer, attention = layer_and_role(name)
-            units = torch.eye(k.size(2), dtype=k.dtype, device=k.device).expand(*k.shape[:3], -1)
-            with torch.no_grad():  # without dropout; forward() itself, because our hook is on the module
-                weights[attention][layer].append(pattern.forward(q, k, units, *rest[1:3]).cpu())
+    def see(name, pattern, q, k, v, query_pos, key_pos, out):
+        if name.startswith("encoder"):
+            return
+        layer, attention = layer_and_role(name)
+        calls = weights[attention][layer]
+        units = torch.eye(k.size(2), dtype=k.dtype, device=k.device).expand(*k.shape[:3], -1)
+        with torch.no_grad():  # without dropout; forward() itself, because our hook is on the module
+            found = pattern.forward(q, k, units, query_pos, key_pos).cpu()  # (B, H, T, S)
+        if attention == "self":
+            found = by_position(found, key_pos.cpu())
+        if name.endswith("pattern") or name.endswith(".0"):
+            calls.append(found)
+        else:  # another part of the heads of the same call
+            calls[-1] = torch.cat(padded([calls[-1], found]), 1)
 
     with hooks(watch(model, see)):
         yield weights
 
 
+def by_position(weights, key_pos):
+    """Weights (B, H, T, S) of keys that stand at (S,) or (B, S), in the order of the positions, which begin at 0."""
+    real = key_pos < NOWHERE
+    place = key_pos.where(real, 0).expand(len(weights), -1)[:, None, None].expand_as(weights)
+    ordered = torch.zeros(*weights.shape[:3], int(key_pos[real].max()) + 1, dtype=weights.dtype)
+    return ordered.scatter_add(-1, place, weights)
+
+
+def padded(calls):
+    """Weights with zeros up to the longest S."""
+    S = max(w.size(-1) for w in calls)
+    return [F.pad(w, (0, S - w.size(-1))) for w in calls]
+
+
 def matrix(calls):
     """The weights of successive cached calls as one tensor (B, H, all T, longest S), zero where nothing was yet."""
-    S = max(w.size(-1) for w in calls)
-    return torch.cat([F.pad(w, (0, S - w.size(-1))) for w in calls], dim=-2)
+    return torch.cat(padded(calls), dim=-2)

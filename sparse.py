@@ -107,6 +107,12 @@ def attend_blocks(q, k, v, allowed, rate):
     return attend(q, k, v, mask, allowed is None, rate).unflatten(0, (B, nb)).transpose(1, 2).flatten(2, 3)
 
 
+def gathered(x, at):
+    """The keys or values (B, KV, W, D) at places (B, KV, W) of x, (B, KV, S, D)."""
+    b, h = (torch.arange(n, device=x.device) for n in x.shape[:2])
+    return x[b[:, None, None], h[:, None], at]
+
+
 # -----------------------------------------------------------------------------
 # Patterns
 
@@ -243,8 +249,7 @@ class Strided(Sparse):
         if want.dim() == 1:
             k, v = (x.index_select(2, at) for x in (k, v))
         else:
-            at = at[:, None, :, None].expand(len(k), k.size(1), -1, k.size(3))
-            k, v = (x.gather(2, at) for x in (k, v))
+            k, v = (gathered(x, at.expand(len(x), -1)[:, None].expand(-1, x.size(1), -1)) for x in (k, v))
         return attend(q, k, v, (want >= 0).view(-1, 1, 1, want.size(-1)), False, self.rate)
 
     def fold(self, q, k, v):
@@ -325,12 +330,12 @@ class TopK(Sparse):
         own = (query_pos.view(-1, 1, 1, 1) // l).expand(B, H, 1, 1)
         found = torch.cat([self.choose(q, k, query_pos), own], -1)  # (B, H, 1, best + 1)
         want = (found[..., None] * l + torch.arange(l, device=q.device)).view(B, H, -1)  # (B, H, W) positions
-        at = want.clamp(max=k.size(2) - 1).view(B, KV, -1, 1).expand(-1, -1, -1, D)
-        k, v = (x.gather(2, at).view(B * H, 1, -1, D) for x in (k, v))
+        at = want.clamp(max=k.size(2) - 1).view(B, KV, -1)
+        k, v = (gathered(x, at).view(B * H, 1, -1, x.size(3)) for x in (k, v))
         # a block that was taken for want of others is one's own, or later
         once = (found < own) | (torch.arange(found.size(-1), device=q.device) == found.size(-1) - 1)
         seen = once.repeat_interleave(l, -1).view(B, H, -1) & (want <= query_pos.view(-1, 1, 1))
-        return attend(q.reshape(B * H, 1, 1, D), k, v, seen.view(B * H, 1, 1, -1), False, self.rate).view(B, H, 1, D)
+        return attend(q.reshape(B * H, 1, 1, D), k, v, seen.view(B * H, 1, 1, -1), False, self.rate).view(B, H, 1, -1)
 
 
 class Split(nn.Module):

@@ -32,7 +32,8 @@ def part_named(name, length, p):
         raise UserError(f"pattern={name!r:.60} has {len(given)} numbers: write {form}")
     for what, text in zip(names, given):
         if not (text.isascii() and text.isdigit() and 1 <= int(text) <= length):
-            raise UserError(f"pattern={name!r:.60}: {what}={text:.20} must be a whole number from 1 to block_size={length}")
+            raise UserError(f"pattern={name!r:.60}: {what}={text:.20} must be a whole number from 1 to "
+                            f"block_size={length}")
     values = dict(zip(names, map(int, given)))
     if values.get("columns", 0) > values.get("stride", 0):
         raise UserError(f"pattern={name!r:.60}: columns={values['columns']} are more than stride={values['stride']}")

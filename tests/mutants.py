@@ -22,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 TESTS = ["tests/test_attention.py", "tests/test_schedules.py", "tests/test_model.py", "tests/test_generate.py",
-         "tests/test_sampling.py", "tests/test_concat.py"]
+         "tests/test_sampling.py", "tests/test_concat.py", "tests/test_sparse.py"]
 MUTANTS = {}
 
 
@@ -143,7 +143,7 @@ def whole_buffer_is_read_without_a_mask():
     @around(cache.KVCache, "update")
     def update(original, self, layer, pos, k, v):
         original(self, layer, pos, k, v)
-        return self.k[layer][: len(k)], self.v[layer][: len(k)], self.slots
+        return self.k[layer][: len(k)], self.v[layer][: len(k)], self.places
 
 
 @mutant
@@ -159,6 +159,117 @@ def one_padded_position_of_a_source_counts():
     @around(attention, "key_positions")
     def key_positions(original, x, lengths=None):
         return original(x, lengths if lengths is None else (lengths + 1).clamp(max=x.size(1)))
+
+
+# -----------------------------------------------------------------------------
+# Slots that evict, and folds
+
+
+@mutant
+def ring_is_one_slot_too_small():
+    import sparse
+    replace(sparse.Local, "slots", lambda original: lambda self, length: [
+        sparse.Ring(slots.size - 1, slots.window - 1, slots.sinks) if slots.evicts and slots.window > 1 else slots
+        for slots in original(self, length)])
+
+
+@mutant
+def slots_are_told_one_position_late():
+    import sparse
+    replace(sparse.Ring, "held", lambda original: lambda self, count: original(self, count - 1))
+
+
+@mutant
+def slots_never_written_hold_a_position():
+    import sparse
+    replace(sparse.Ring, "held", lambda original: lambda self, count: original(self, count).clamp(max=0))
+
+
+@mutant
+def chunk_evicts_before_it_is_attended_to():
+    _, cache, *_ = project()
+
+    @around(cache.KVCache, "_evict")
+    def _evict(original, self, layer, pos, new, kept):
+        found = original(self, layer, pos, new, kept)
+        if pos.size(-1) > 1 and any(self.starts):
+            for buffer, x in zip(kept, new):
+                cache.write(buffer, self.slots[layer].of(pos), x)
+            n = kept[0].size(2)
+            found = (*(x.clone() for x in found[:2]), found[2])
+            for x, buffer in zip(found, kept):
+                x[:, :, :n] = buffer
+        return found
+
+
+@mutant
+def padding_takes_slots():
+    _, cache, *_ = project()
+
+    @around(cache.KVCache, "rewind")
+    def rewind(original, self, position):
+        self.settle()
+        original(self, position)
+
+
+@mutant
+def rewind_is_checked_by_count():
+    import sparse
+    replace(sparse.Ring, "remembers", lambda original: lambda self, position, count: position + self.window >= count)
+
+
+@mutant
+def rewind_forgets_how_far_a_row_has_been():
+    _, cache, *_ = project()
+
+    @around(cache.KVCache, "rewind")
+    def rewind(original, self, position):
+        self.most = list(self.filled)
+        original(self, position)
+
+
+@mutant
+def reorder_moves_as_many_slots_as_positions():
+    _, cache, *_ = project()
+    cache.LONG, original = 0, cache.LONG
+
+    @around(cache.KVCache, "begin")
+    def begin(inner, self, *args):
+        cache.LONG = original
+        inner(self, *args)
+        cache.LONG = 0
+
+
+@mutant
+def first_block_sees_zeros_before_it():
+    import sparse
+    replace(sparse, "attend_blocks", lambda original: lambda q, k, v, allowed, rate: original(
+        q, k, v, None if allowed is None else allowed[-1:].expand_as(allowed), rate))
+
+
+@mutant
+def summaries_are_counted_twice():
+    import sparse
+    replace(sparse.Fixed, "allows", lambda original: lambda self, b, h, q, k: original(self, b, h, q, k) & (k != q - 1))
+
+
+@mutant
+def split_heads_read_the_others_slots():
+    import sparse
+
+    @around(sparse.Split, "keep")
+    def keep(original, *args):
+        return tuple(tuple(reversed(each)) for each in original(*args))
+
+
+@mutant
+def shared_heads_are_folded_in_the_wrong_order():
+    attention, *_ = project()
+
+    @around(attention, "attend")
+    def attend(original, q, k, v, *args, **kwargs):
+        group = q.size(1) // k.size(1)
+        return original(q, k.repeat(1, group, 1, 1), v.repeat(1, group, 1, 1), *args, **kwargs)
 
 
 # -----------------------------------------------------------------------------

@@ -218,7 +218,7 @@ FURTHER = sorted(ROOT.glob("further/*.py"))
 PLUMBING = sorted(ROOT.glob("plumbing/*.py"))
 SOURCE = LESSON + FURTHER + PLUMBING
 KNOWS = {"models": {"model"}, "weights": {"model"}, "patterns": {"attention", "sparse"},
-         "attention_bench": {"attention", "cache"}}  # who builds, of plumbing/
+         "attention_bench": {"attention", "cache", "model", "sparse"}}  # who builds, of plumbing/
 
 
 def nodes(path, *kinds):

@@ -362,9 +362,10 @@ def test_linears_that_are_not_torchs_are_counted_too():
 # ---- attention weights
 
 
-@pytest.mark.parametrize("n_kv_head", [4, 2, 1])
-def test_weights_of_cached_decoding_equal_teacher_forced_ones(n_kv_head):
-    sizes = dict(n_head=4, n_kv_head=n_kv_head, n_embd=16)
+@pytest.mark.parametrize("n_kv_head, pattern", [(4, "full"), (2, "full"), (1, "full"), (4, "local:3"), (2, "sinks:2,4"),
+    (4, "fixed:4,1"), (2, "strided:3"), (1, "topk:3,1"), (4, "local:3+column:3"), (2, "block:3+columns:3,1")])
+def test_weights_of_cached_decoding_equal_teacher_forced_ones(n_kv_head, pattern):
+    sizes = dict(n_head=4, n_kv_head=n_kv_head, n_embd=16, pattern=pattern)
     gpt, bart = tiny_gpt(**sizes).double().eval(), tiny_bart(**sizes, n_decoder_layer=2).double().eval()
     for model, prompt in (gpt, [3, 4, 5, 6]), (bart, [7] * 5 + [8] * 6):
         for p in model.parameters():

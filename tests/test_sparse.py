@@ -10,6 +10,7 @@ from attention import Causal, attend, attend_explicit, dense, keeping
 from cache import KVCache, Slots, passing
 from conftest import call
 from model import BART, GPT, BARTConfig, GPTConfig
+from test_model import rough
 from plumbing.errors import UserError
 from plumbing.patterns import named, patterns
 from plumbing.weights import load_pretrained, save_pretrained
@@ -112,13 +113,14 @@ def test_cache_bytes_divide_by_how_many_share(kv):
 
 
 def filled(name, n, rows=2, T=None):
-    """A cache of one layer under a pattern after n positions, in chunks of T, and its bytes per position and row."""
+    """A cache of one layer under a pattern after n positions, in chunks of T, and the keys that went into it."""
     pattern = named(name, 2, 2, 64)
     cache, x = keeping([pattern], rows, 64), torch.randn(rows, 2, n, 4)
     for start in range(0, n, T or n):
         part = x[:, :, start : start + (T or n)]
         with passing(cache, start, part[:, 0], math.inf) as pos:
             pattern.keep(cache, 0, pos, part, part)
+    cache.settle()
     return cache, x
 
 
@@ -242,6 +244,26 @@ def test_the_command_line_refuses_a_pattern_that_does_not_fit():
     assert outcome.code == 2 and "columns=5" in outcome.err and not outcome.out
 
 
+@pytest.mark.parametrize("name", ["local:4", "fixed:4,1", "sinks:2,3", "strided:4", "topk:3,1", "local:4+column:4"])
+def test_compare_finds_no_bug_in_a_pattern_and_one_in_what_is_done_to_it(name):
+    """Keys of the second layer that are a tenth too large."""
+    from compare import compare
+    from generate import cached, naive
+    torch.manual_seed(0)
+    gpt = rough(GPT(GPTConfig(n_layer=2, n_head=4, n_embd=16, vocab_size=13, block_size=32, pattern=name)))
+    prompts = [[1, 2, 3, 4, 5, 6, 7], [8, 9]]
+    assert not compare(gpt, {"naive": naive, "cached": cached}, prompts, 12, ignore_eos=True)["bug"]
+
+    def wrong(model, *args):
+        cache = model.new_cache(2, 32)
+        write_keys = cache.update
+        cache.update = lambda layer, pos, k, v: write_keys(layer, pos, k * (1 + 0.1 * (layer == 1)), v)
+        return cached(model, *args, cache=cache)
+
+    found = compare(gpt, {"naive": naive, "wrong": wrong}, prompts, 12, ignore_eos=True)["strategies"][1]["finding"]
+    assert (found["verdict"], found["layer"], found["attention"], found["kind"]) == ("bug", 1, "self", "keys")
+
+
 def test_shared_heads_cannot_be_split():
     with pytest.raises(UserError, match="2 parts, and 1 have keys"):
         patterns(GPTConfig(n_head=4, n_kv_head=1, pattern="local:3+column:3"), 1)
@@ -261,3 +283,43 @@ def test_a_captured_step_reads_the_slots_at_fixed_addresses(name):
             found.append(gpt.features(idx[:, i : i + 1], cache, at))
             at += 1
         assert gap([torch.cat(found, 1)], [gpt.features(idx)[:, 5:]]) < 1e-10
+
+
+def test_looking_at_a_cache_in_the_middle_of_a_pass_changes_nothing():
+    """Counting does, while the last layer runs."""
+    cache, x = filled("local:8", 12)
+    more = torch.randn(2, 2, 3, 4)
+    with passing(cache, 12, more[:, 0], math.inf) as pos:
+        cache.update(0, pos, more, more)
+        assert cache.nbytes == 2 * 2 * 2 * 8 * 4 * 4
+    cache.settle()
+    assert torch.equal(cache.k[0][:, :, cache.slots[0].of(torch.arange(12, 15))], more)
+
+
+def test_a_chunk_at_positions_that_only_the_device_knows_is_refused_where_it_would_evict():
+    cache, _ = filled("local:8", 12)
+    with pytest.raises(ValueError, match="let one enter at a time"), passing(cache, torch.tensor([12]), torch.zeros(2, 3), 64):
+        pass
+
+
+def test_the_command_measures_patterns_and_shared_heads(tmp_path):
+    import bench
+    args = ["attention", "--lengths", "20,40", "--stored", 30, "--rows", "1,2", "--backward"]
+    found = json.loads(call(bench.main, *args, "--json").out)
+    full, local, *_ = found["steps"]
+    assert (full["pattern"], local["pattern"], local["keys"]) == ("full", "local:16", 16)
+    assert local["bytes"] == local["cache_bytes"] == 2 * 16 * 16 * 64 * 4 and full["keys"] == 30 + 12
+    assert [s["bytes"] for s in found["steps"] if s["pattern"] == "full" and s["rows"] == 2] == [
+        2 * 2 * kv * 42 * 64 * 4 for kv in (16, 2, 1)]
+    assert {t["n"] for t in found["texts"]} == {20, 40} and min(t["seconds"] for t in found["texts"]) > 0
+    pytest.importorskip("matplotlib")
+    shown = call(bench.main, *args, "--plot", tmp_path / "a.png")
+    assert shown.code == 0 and "keys read" in shown.out and (tmp_path / "a.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("args, words", [("--lengths 0", "--lengths '0'"), ("--rows 1,x", "--rows '1,x'"), ("--lengths 1,", "'1,'"),
+                                         ("--stored 0", "--stored '0'"), ("--rows 99999999", "GiB"), ("--plot no/a.png", "no/a.png")])
+def test_what_cannot_be_measured_is_refused_in_one_line(args, words):
+    import bench
+    outcome = call(bench.main, "attention", *args.split())
+    assert outcome.code == 2 and words in outcome.err and outcome.err.count("\n") == 1 and not outcome.out
