@@ -279,6 +279,9 @@ class KVCache:
 
 def write(buffer, at, x):
     """Put x, (B, KV, T, D), into the slots (T,) or (B, T) of a buffer (B, KV, slots, D)."""
+    if at.dim() == 1:
+        buffer.index_copy_(2, at, x)
+        return
     b = torch.arange(len(x), device=x.device)[:, None]
     buffer[b, :, at] = x.transpose(1, 2)  # (B, T, KV, D), the shape of an indexed write
 

@@ -39,14 +39,15 @@ class Ring(Slots):
 
     def of(self, pos):
         """The slot of each position."""
-        return torch.where(pos < self.sinks, pos, self.sinks + (pos - self.sinks) % self.window)
+        ring = self.sinks + (pos - self.sinks) % self.window
+        return torch.where(pos < self.sinks, pos, ring) if self.sinks else ring
 
     def held(self, count):
         """The position in every slot once `count` are stored: (..., 1) -> (..., size), NOWHERE where there is none."""
         slot = torch.arange(self.size, device=count.device)
         newest = count - 1 - (count - 1 - slot) % self.window  # of those that are slot modulo window
         ring = newest.where(newest >= self.sinks, NOWHERE)
-        return torch.where(slot < self.sinks, slot.where(slot < count, NOWHERE), ring)
+        return torch.where(slot < self.sinks, slot.where(slot < count, NOWHERE), ring) if self.sinks else ring
 
     def remembers(self, position, count):
         first = max(position - self.window + 1, self.sinks)
