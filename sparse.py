@@ -254,20 +254,20 @@ class Strided(Sparse):
         return attend(q, k, v, (want >= 0).view(-1, 1, 1, want.size(-1)), False, self.rate)
 
     def fold(self, q, k, v):
-        """Blocks for what is near, residue classes for what is far, and one softmax over the scores of both."""
+        """Blocks for what is near, residue classes for what is far, and one softmax, written out, over both."""
         group, l, device = q.size(1) // k.size(1), self.stride, q.device
-        q, k, v = (blocks(x, l) for x in (q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)))
-        n, D = q.size(2), q.size(4)  # q: (B, H, n, l, D)
-        i, j, block = torch.arange(l, device=device), torch.arange(-l, l, device=device), torch.arange(n, device=device)
+        q, k, v = (blocks(x, l) for x in (q / math.sqrt(q.size(3)), *(x.repeat_interleave(group, 1) for x in (k, v))))
+        i, j, block = (torch.arange(*ends, device=device) for ends in ((l,), (-l, l), (q.size(2),)))
         near = (j <= i[:, None]) & (i[:, None] - j < l) & (block[:, None, None] * l + j >= 0)  # (n, l, 2l)
-        far = block[:, None, None] > block  # (n, 1, n): of the residue class, what is in the window is counted there
-        by_class = lambda x: x.transpose(2, 3)  # (B, H, l, n, D)
-        scores = torch.cat([
-            (q @ with_previous(k).transpose(-1, -2)).masked_fill(~near, -torch.inf),
-            by_class(by_class(q) @ by_class(k).transpose(-1, -2)).masked_fill(~far, -torch.inf)], -1)
-        weights = F.dropout((scores / math.sqrt(D)).softmax(-1), self.rate)  # (B, H, n, l, 2l + n)
-        y = weights[..., : 2 * l] @ with_previous(v) + by_class(by_class(weights[..., 2 * l :]) @ by_class(v))
-        return y.flatten(2, 3)
+        far = block[:, None] > block  # (n, n): what is in the window as well is counted there
+        by_class = lambda x: x.transpose(2, 3)  # (B, H, n, l, ...) <-> (B, H, l, n, ...)
+        a = (q @ with_previous(k).transpose(-1, -2)).masked_fill(~near, -torch.inf)  # (B, H, n, l, 2l)
+        b = (by_class(q) @ by_class(k).transpose(-1, -2)).masked_fill(~far, -torch.inf)  # (B, H, l, n, n)
+        top = torch.maximum(a.amax(-1, keepdim=True), by_class(b.amax(-1, keepdim=True))).detach()
+        a, b = (a - top).exp(), (b - by_class(top)).exp()  # the largest is 1, so nothing overflows
+        total = a.sum(-1, keepdim=True) + by_class(b.sum(-1, keepdim=True))
+        a, b = (F.dropout(x, self.rate) for x in (a, b))
+        return ((a @ with_previous(v) + by_class(b @ by_class(v))) / total).flatten(2, 3)
 
 
 class Column(Strided):
