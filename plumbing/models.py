@@ -1,6 +1,7 @@
 """Building a model from settings: the [model] table of a configuration file, or the name of a published size."""
 
 import os
+from collections import Counter
 from dataclasses import asdict, replace
 
 import torch
@@ -79,18 +80,24 @@ def random_model(name, dtype, device, overrides=()):
     fit the memory.
 
     With the weights that training starts from, a post-norm model with tied embeddings repeats one token for ever, and
-    many a bug would go unseen. These make attention choosy: what is written depends on what was read, and varies.
+    many a bug would go unseen. These let texts vary, whatever the width and the depth: attention is choosy, so what is
+    written depends on what was read, and what a stack's sublayers add together does not grow with their number.
     """
     cls, config = random_config(name, overrides)
     check_memory(f"{name} in {dtype}", config, dtype.itemsize, device)
     with torch.device(device):
         model = cls(config)
-        for key, p in model.named_parameters():
-            if p.dim() == 2:  # 1 / sqrt of what it sums up: a matrix then keeps the scale of what it is given
-                std = 0.3 if "wpe" in key else 0.1 if "wte" in key or "lm_head" in key else p.size(1) ** -0.5
-                torch.nn.init.normal_(p, std=std)
+        matrices = {key: p for key, p in model.named_parameters() if p.dim() == 2}
+        sublayers = Counter(key.split(".")[0] for key in matrices if key.endswith("c_proj.weight"))  # stack -> how many
+        for key, p in matrices.items():
+            torch.nn.init.normal_(p, std=p.size(1) ** -0.5)  # of what it sums up: the scale of what it is given is kept
+            if "wpe" in key:
+                p.data *= 3  # a token says less than its position: at the end it would be found again, and repeated
             if key.endswith(("attn.c_attn.weight", "cross.c_q.weight")):
-                p.data[: config.n_embd] *= 10  # the queries: scores far apart
+                p.data[: config.n_embd] *= 7  # the queries: scores far apart
+            if key.endswith("c_proj.weight"):  # GPT-2's scale, which keeps an encoder's positions apart; a decoder adds
+                stack = key.split(".")[0]      # more, and forgets its token besides
+                p.data *= ((1 if stack == "encoder" else 8) / sublayers[stack]) ** 0.5
     return model.to(dtype).eval()
 
 

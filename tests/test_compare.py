@@ -14,6 +14,7 @@ import mutants
 from compare import compare
 from generate import strategies
 from model import BART, GPT, BARTConfig, GPTConfig
+from plumbing.models import random_model
 from plumbing.report import comparison_table
 from test_model import random_sizes, rough
 
@@ -256,3 +257,21 @@ def test_the_command_exits_1_where_there_is_a_bug_and_0_where_there_is_none(dtyp
 
     code, out, err = forked(forgetful)
     assert code == 1 and "BUG, first at step 2" in out and "layer 0, self-attention: keys" in out and not err
+
+
+@pytest.mark.parametrize("preset", ["gpt2-medium", "bart-large"])
+@pytest.mark.parametrize("seed, dtype", [(0, torch.float32), (1, torch.bfloat16), (2, torch.float16)])
+def test_texts_of_a_deep_random_model_vary_and_its_rounding_is_no_bug(preset, seed, dtype):
+    """Twelve post-norm layers at full scale leave nothing of what was read: one id a hundred times."""
+    torch.manual_seed(seed)
+    narrow = "--model.n_embd=64", "--model.n_head=4", "--model.vocab_size=5000", "--model.eos_id=2"
+    result = compared(random_model(preset, dtype, "cpu", narrow), [[7 * i for i in range(64)]], 40)
+    assert result["distinct"] >= 20 and not result["bug"], comparison_table(result)
+
+
+def test_texts_of_a_wide_random_model_vary_too():
+    """The wider a tied model, the more its head favours whatever token is left in the stream, the one just read."""
+    torch.manual_seed(0)
+    shallow = "--model.n_encoder_layer=1", "--model.n_decoder_layer=2", "--model.vocab_size=5000"
+    model = random_model("bart-large", torch.float32, "cpu", shallow)
+    assert len(set(program.generate(model, [[7 * i for i in range(64)]], 40, ignore_eos=True)[0])) >= 20
