@@ -51,8 +51,8 @@ def convert(model, **kv_heads):
     for role in ROLES:
         has, wanted = (head_sizes(one.of(role))[1] for one in (model.config, config))
         if has % wanted:
-            raise UserError(f"{wanted} key/value heads cannot be pooled from {has}, those of this model's {role}: choose a "
-                            f"number that divides {has}")
+            raise UserError(f"{wanted} key/value heads cannot be pooled from {has}, those of this model's {role}: "
+                            f"choose a number that divides {has}")
     pooled, state = type(model)(config), model.state_dict()
     for name, module in model.named_modules():
         if isinstance(module, Attention):

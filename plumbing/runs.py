@@ -27,8 +27,8 @@ MAX_LOG = 2**31  # bytes of a log.jsonl
 class Run:
     """
     The run in a directory. step and val_loss: where its newest checkpoint stands, 0 and None for a new run; tokenizer:
-    the checkpoint's, or that of the model init_from, whose weights a new run begins with. Raises UserError if there is a
-    run and `resume` was not asked for: a run is never overwritten; and if another process is training there.
+    the checkpoint's, or that of the model init_from, whose weights a new run begins with. Raises UserError if there is
+    a run and `resume` was not asked for: a run is never overwritten; and if another process is training there.
     """
 
     def __init__(self, out_dir, resume, init_from=None):
@@ -42,7 +42,8 @@ class Run:
         self.origin = self.checkpoint.path if self.checkpoint else init_from and locate(init_from)
         self.tokenizer = load_tokenizer(self.origin) if self.origin else None
         if self.origin and self.tokenizer is None:
-            raise UserError(f"{self.origin} has no tokenizer: put its vocab.json and merges.txt (or tokenizer.json) there")
+            raise UserError(f"{self.origin} has no tokenizer: put its vocab.json and merges.txt (or tokenizer.json) "
+                            f"there")
 
     def restore(self, model, optimizers, described):
         """
