@@ -4,12 +4,14 @@ Train a GPT on a text, or a BART on pairs of texts. One straight loop.
     python train.py configs/gpt-tiny.toml
     python train.py configs/gpt-tiny.toml --data.source=my-notes.txt --train.out_dir=out/notes --train.steps=3000
     python train.py configs/gpt-tiny.toml --train.resume=true
+    python train.py configs/gpt-tiny.toml --train.init_from=out/gpt-tiny --train.out_dir=out/further --train.lr=3e-3
 
 A configuration has three tables, [model], [data] and [train]; --section.key=value changes any of its values, and
 --help lists them all. A run lives in its out_dir: step-*/ checkpoints, each a Hugging Face directory (the last two and
 the best are kept), log.jsonl, and loss.png where matplotlib is installed. Ctrl-C saves and stops. --train.resume=true
 continues from the newest checkpoint, bit for bit on a CPU as if the run had never stopped; a run that is there is
-never overwritten.
+never overwritten. --train.init_from=DIR begins a run with the weights and the tokenizer of a model instead of random
+ones: its matrices must have the shapes that [model] says.
 """
 
 import math
@@ -36,6 +38,7 @@ from plumbing.utils import pick_device, set_seed
 @dataclass(slots=True)
 class TrainConfig:
     out_dir: str = "out/run"
+    init_from: str | None = None  # a model's directory or its name on the hub: what to begin with
     seed: int = 1337            # of the initial weights and of dropout; the data has its own
     steps: int = 2000           # optimizer steps
     batch_size: int = 12        # sequences in a micro-batch
@@ -175,7 +178,7 @@ def train(model_values, data_config, config):
 
 def set_up(model_values, data_config, config):
     """The run, its data, its model and optimizers, new or as they were at the newest checkpoint."""
-    this_run = Run(config.out_dir, config.resume)
+    this_run = Run(config.out_dir, config.resume, config.init_from)
     set_seed(config.seed)
     cls = model_class(model_values)
     data, this_run.tokenizer = load_data(data_config, seq2seq=cls is BART, tokenizer=this_run.tokenizer)
@@ -220,6 +223,15 @@ def loop(this_run, data, model, optimizers, config):
                 this_run.save(step, model, optimizers)
 
 
+def read(args):
+    """A configuration's path and its overrides as the arguments of train()."""
+    if not args or args[0].startswith("--"):
+        raise UserError("name a configuration first, e.g. python train.py configs/gpt-tiny.toml")
+    values = configs.read(args[0], args[1:], ("model", "data", "train"))
+    return (values["model"], configs.build(DataConfig, values["data"], "data"),
+            configs.build(TrainConfig, values["train"], "train"))
+
+
 def main(args=None):
     args = sys.argv[1:] if args is None else args
     if "-h" in args or "--help" in args:
@@ -227,11 +239,7 @@ def main(args=None):
         print(f"{__doc__}\n{settings}\n\n[model] also takes type (gpt or bart) and preset "
               f"({', '.join(PRESETS)}); a bart has n_encoder_layer and n_decoder_layer.")
         return
-    if not args or args[0].startswith("--"):
-        raise UserError("name a configuration first, e.g. python train.py configs/gpt-tiny.toml")
-    values = configs.read(args[0], args[1:], ("model", "data", "train"))
-    train(values["model"], configs.build(DataConfig, values["data"], "data"),
-          configs.build(TrainConfig, values["train"], "train"))
+    train(*read(args))
 
 
 if __name__ == "__main__":

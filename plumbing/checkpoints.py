@@ -36,12 +36,7 @@ class Checkpoint:
         Put the run back where it was: weights and optimizer states into these live objects, and the states of the
         random number generators. Raises UserError if they are not of the same shape as those saved.
         """
-        saved = load_model(self.path)
-        try:
-            model.load_state_dict(saved.state_dict())
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())[:160]
-            raise UserError(f"{self.path} is of another model than this one ({reason}); use its config") from None
+        load_weights(model, self.path)
         tensors = load_file(self.path / "training.safetensors")
         names = {p: name for name, p in model.named_parameters()}
         named = [[sorted(names[p] for p in group["params"]) for group in optimizer.param_groups]
@@ -57,6 +52,16 @@ class Checkpoint:
         for i in range(torch.cuda.device_count()):
             if f"rng.cuda.{i}" in tensors:
                 torch.cuda.set_rng_state(tensors[f"rng.cuda.{i}"], i)
+
+
+def load_weights(model, path):
+    """The weights of a model's directory into this live model. Raises UserError if they are of other shapes."""
+    saved = load_model(path)
+    try:
+        model.load_state_dict(saved.state_dict())
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"{path} is of another model than this one ({reason}); use its config") from None
 
 
 def save_checkpoint(run_dir, step, model, tokenizer, optimizers, extra, keep=2):

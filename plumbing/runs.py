@@ -11,11 +11,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from plumbing.checkpoints import load_checkpoint, save_checkpoint
+from plumbing.checkpoints import load_checkpoint, load_weights, save_checkpoint
 from plumbing.errors import NonFiniteError, UserError
 from plumbing.files import read_bytes
 from plumbing.manifests import newest
 from plumbing.tokenizers import load_tokenizer
+from plumbing.weights import locate
 
 # what a resumed run must have in common with the run it continues: all of these sections (None), or some of their keys
 RESUMABLE = {"model": None, "data": None, "text": None, "train": ("seed", "batch_size", "accumulation", "optimizer",
@@ -26,11 +27,11 @@ MAX_LOG = 2**31  # bytes of a log.jsonl
 class Run:
     """
     The run in a directory. step and val_loss: where its newest checkpoint stands, 0 and None for a new run; tokenizer:
-    the checkpoint's. Raises UserError if there is a run and `resume` was not asked for: a run is never overwritten; and
-    if another process is training there.
+    the checkpoint's, or that of the model init_from, whose weights a new run begins with. Raises UserError if there is
+    a run and `resume` was not asked for: a run is never overwritten; and if another process is training there.
     """
 
-    def __init__(self, out_dir, resume):
+    def __init__(self, out_dir, resume, init_from=None):
         self.out, self.stop, self.val_loss, self.locked = Path(out_dir), False, None, None
         self.lock()
         self.checkpoint = load_checkpoint(self.out)
@@ -38,11 +39,16 @@ class Run:
         if self.checkpoint and not resume:
             raise UserError(f"{self.out} holds a run at step {self.step}: pass --train.resume=true to continue it, or "
                             f"another --train.out_dir")
-        self.tokenizer = load_tokenizer(self.checkpoint.path) if self.checkpoint else None
+        self.origin = self.checkpoint.path if self.checkpoint else init_from and locate(init_from)
+        self.tokenizer = load_tokenizer(self.origin) if self.origin else None
+        if self.origin and self.tokenizer is None:
+            raise UserError(f"{self.origin} has no tokenizer: put its vocab.json and merges.txt (or tokenizer.json) "
+                            f"there")
 
     def restore(self, model, optimizers, described):
         """
-        Make everything what it was at the checkpoint, if there is one, and forget what was logged after it.
+        Make everything what it was at the checkpoint, if there is one, and forget what was logged after it; or the
+        weights those of init_from.
         described: the settings as dicts, saved with every checkpoint.
         """
         self.described = described
@@ -56,6 +62,8 @@ class Run:
         if self.checkpoint:
             self.checkpoint.restore(model, optimizers)
             self.val_loss = was.get("val_loss")
+        elif self.origin:
+            load_weights(model, self.origin)
         self.rewind_log()
 
     def lock(self):

@@ -231,6 +231,44 @@ def test_resuming_where_there_is_nothing_starts_anew(tmp_path):
     assert load_checkpoint(tmp_path / "out").step == 1
 
 
+def loss_of_first_batch(directory, folder, source):
+    """What a run in this folder, with the tokenizer of a model, reads first, and how well that model predicts it."""
+    model, tokenizer = load_pretrained(directory)
+    data, _ = load_data(DataConfig(source=source, tokenizer="char"), seq2seq=False, tokenizer=tokenizer)
+    inputs, labels = data.batch_at(0, batch_size=8, block_size=64)
+    return (train.loss_sum(model, inputs, labels)[0] / labels.numel()).item()
+
+
+def test_a_run_begins_with_the_weights_and_the_tokenizer_of_another(tiny_gpt, tmp_path):
+    """Whatever [data] says of a tokenizer: ids of another would mean nothing to these weights."""
+    begin = [f"--train.init_from={tiny_gpt.path}", "--data.tokenizer=char", "--train.log_every=1"]
+    train_run(tmp_path, GPT_TOML, *begin, "--train.steps=3", "--train.eval_every=1")
+    first = log(tmp_path / "out")[0]["loss"]
+    assert first == pytest.approx(loss_of_first_batch(tiny_gpt.path, tmp_path, str(tmp_path / "text.txt")), rel=1e-5) and first < 2
+    model, tokenizer = load_pretrained(tmp_path / "out")
+    assert tokenizer.n_vocab == 257 and not torch.equal(model.wte.weight, tiny_gpt.model.wte.weight)
+    before = sha256(tmp_path / "out", 3)
+    train_run(tmp_path, GPT_TOML, *begin, "--train.steps=3", "--train.resume=true")  # the run, not where it began
+    assert sha256(tmp_path / "out", 3) == before and len(log(tmp_path / "out")) == 6
+    train_run(tmp_path, GPT_TOML, *begin, "--train.steps=4", "--train.resume=true")
+    assert [line["loss"] for line in log(tmp_path / "out") if "loss" in line][3] < 2
+
+
+def test_a_run_does_not_begin_with_what_does_not_fit_it(tiny_gpt, tiny_bart, tmp_path):
+    bare = shutil.copytree(tiny_gpt.path / "step-00000120", tmp_path / "bare")
+    for name in ("vocab.json", "merges.txt", "tokenizer.json", "manifest.json"):
+        (bare / name).unlink(missing_ok=True)
+    (tmp_path / "config.toml").write_text(GPT_TOML.replace("{source}", "pydoc"))
+    for begin, message in (([tiny_gpt.path, "--model.n_kv_head=1"], "is of another model than this one"),
+                           ([tiny_gpt.path, "--model.n_embd=64"], "is of another model than this one"),
+                           ([tiny_bart.path], "tokenizer is of the other family"), ([bare], "has no tokenizer"),
+                           ([tmp_path / "nowhere"], "is not a directory")):
+        outcome = call(train.main, tmp_path / "config.toml", f"--train.out_dir={tmp_path / 'out'}", f"--train.init_from={begin[0]}",
+                       *begin[1:])
+        assert outcome.code == 2 and outcome.out == "" and outcome.err.count("\n") == 1 and message in outcome.err, outcome
+        assert not (tmp_path / "out").exists()
+
+
 # -----------------------------------------------------------------------------
 # Stopped and resumed
 
