@@ -74,9 +74,9 @@ class Config:
                 raise UserError(f"{field.name}={value} is a probability: choose it from 0 to below 1")
             if field.name == "layer_norm_eps" and not 0 < value < 1:
                 raise UserError(f"layer_norm_eps={value} must be above 0 and below 1, and is usually 1e-5")
-            for i in value if isinstance(value, list) else [value]:
-                if field.name.endswith("_id") and i is not None and not 0 <= i < self.vocab_size:
-                    raise UserError(f"{field.name}={i} is outside the vocabulary of {self.vocab_size} (ids from 0)")
+            ids = [] if value is None else value if value and isinstance(value, list) else [value]  # [] is no id
+            if field.name.endswith("_id") and any(type(i) is not int or not 0 <= i < self.vocab_size for i in ids):
+                raise UserError(f"{field.name}={value!r:.60} is not in a vocabulary of {self.vocab_size} (ids from 0)")
         try:
             for role in ("encoder", "decoder", "cross"):
                 head_sizes(self.of(role))

@@ -10,7 +10,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def set_seed(seed):
-    """Seed every generator that the project draws from."""
+    """Seed every generator that the project draws from. Raises UserError on a number that torch's cannot take."""
+    if not 0 <= seed < 2**63:
+        raise UserError(f"seed={seed} must be at least 0 and less than 2**63")
     random.seed(seed)
     torch.manual_seed(seed)  # seeds CUDA and MPS as well
 

@@ -264,11 +264,7 @@ def set_field(config, name, said):
     if len(set(map(repr, values))) > 1:
         raise UserError(f"{' and '.join(said)} differ ({', '.join(map(str, values))}); they must agree")
     value = values[0]
-    if name == "eos_id" and isinstance(value, list):  # of several ids; validate() finds those out of range
-        if not value or any(type(i) is not int for i in value):
-            raise UserError(f"eos_token_id={value!a:.60} must be whole numbers, at least one")
-        value = value[0] if len(value) == 1 else value
-    setattr(config, name, value)
+    setattr(config, name, value[0] if isinstance(value, list) and [*map(type, value)] == [int] else value)  # one id
 
 
 def read_generation_ids(directory, config):
