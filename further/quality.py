@@ -7,7 +7,8 @@ What sharing heads, or seeing less, costs in quality and saves in decoding: one 
 Takes what train.py takes, and trains every variant of a GPT for as many steps, on the same data in the same order,
 below out_dir; --train.resume=true goes on where it was stopped. Variants that share heads have wider feed-forward
 layers, so that all have as many parameters (Shazeer 2019). Then the multi-head model of each seed, of a BART the only
-variant, is converted by gqa.py, which makes it smaller, and trained for another 5 % of its steps.
+variant, is converted by gqa.py, by the mean of heads or their span, which makes it smaller, and trained for another 5 %
+of its steps.
 
 Losses are of the held-out part, in nats per token, as mean (least to most) over the seeds; "to MHA" is the mean
 difference to the multi-head model of the same seed; an exact match has every token right. Decoding is of one row on the
@@ -19,7 +20,7 @@ import json
 import sys
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import replace
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 from statistics import mean, median
 
@@ -29,7 +30,7 @@ if __name__ == "__main__":
     guard_imports()  # torch's take seconds
 
 from cost import predict
-from further.gqa import convert
+from further.gqa import WAYS, convert
 from plumbing.data import load_data
 from plumbing.models import count_parameters, read_model_config
 from plumbing.report import aligned
@@ -39,7 +40,8 @@ from roofline import seconds_per_call
 from train import evaluate, read, train
 
 SEEDS = 3
-MORE_STEPS, MORE_LR = 0.05, 0.5  # after a conversion, as parts of what there was before; of 0.25, 0.5, 1 the best
+MORE_STEPS = 0.05                     # after a conversion, of those before it
+MORE_LR = {"mean": 1.0, "span": 0.1}  # of the peak before: what has lost little is only to settle
 
 
 def variants(model_config):
@@ -83,17 +85,17 @@ def trained(values, data_config, config):
     return dict(loss=last["val_loss"], exact=last["exact_match"], speed=speed) | decoded(model)
 
 
-def converted(fields, values, data_config, config, source):
+def converted(way, fields, values, data_config, config, source):
     """Pool the heads of the model in a directory, and train it further. Returns what came of either, as dicts."""
     pooled, (model, tokenizer) = f"{config.out_dir}-pooled", load_pretrained(source)
-    model = convert(model, **fields)
+    model, lr = convert(model, WAYS[way], **fields), MORE_LR[way]
     save_pretrained(pooled, model, tokenizer)
     data, _ = load_data(data_config, seq2seq=model.config.is_encoder_decoder, tokenizer=tokenizer)
     held_out = islice(data.val_batches(config.batch_size, model.config.block_size), config.eval_batches)
     loss, exact = evaluate(model.to(config.device), held_out, config.device, nullcontext())
     steps = max(1, round(MORE_STEPS * config.steps))
-    config = replace(config, init_from=pooled, steps=steps, warmup_steps=steps // 10, lr=MORE_LR * config.lr,
-                     min_lr=MORE_LR * config.min_lr, eval_every=steps)
+    config = replace(config, init_from=pooled, steps=steps, warmup_steps=steps // 10, lr=lr * config.lr,
+                     min_lr=lr * config.min_lr, eval_every=steps)
     return dict(loss=loss, exact=exact) | decoded(model.cpu()), trained(values | fields, data_config, config)
 
 
@@ -102,9 +104,9 @@ def one_seed(values, data_config, config):
     begun, later = variants(read_model_config(values))
     place = lambda name: replace(config, out_dir=f"{config.out_dir}/{'-'.join(name.split())}-{config.seed}")
     found = {name: trained(widened(values, fields), data_config, place(name)) for name, fields in begun.items()}
-    for name, fields in later.items():
-        result = converted(fields, values, data_config, place(f"to {name}"), place("MHA").out_dir)
-        found |= zip((f"MHA to {name}", f"MHA to {name}, trained further"), result)
+    for (name, fields), way in product(later.items(), WAYS):
+        result = converted(way, fields, values, data_config, place(f"to {name} by {way}"), place("MHA").out_dir)
+        found |= zip((f"MHA to {name} by {way}", f"MHA to {name} by {way}, trained further"), result)
     return found
 
 

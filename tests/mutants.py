@@ -22,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 TESTS = ["tests/test_attention.py", "tests/test_schedules.py", "tests/test_model.py", "tests/test_generate.py",
-         "tests/test_sampling.py", "tests/test_concat.py", "tests/test_sparse.py"]
+         "tests/test_sampling.py", "tests/test_concat.py", "tests/test_sparse.py", "tests/test_gqa.py", "tests/test_quality.py"]
 MUTANTS = {}
 
 
@@ -167,22 +167,23 @@ def one_padded_position_of_a_source_counts():
 
 @mutant
 def ring_is_one_slot_too_small():
+    import evict
     import sparse
     replace(sparse.Local, "slots", lambda original: lambda self, length: [
-        sparse.Ring(slots.size - 1, slots.window - 1, slots.sinks) if slots.evicts and slots.window > 1 else slots
+        evict.Ring(slots.size - 1, slots.window - 1, slots.sinks) if slots.evicts and slots.window > 1 else slots
         for slots in original(self, length)])
 
 
 @mutant
 def slots_are_told_one_position_late():
-    import sparse
-    replace(sparse.Ring, "held", lambda original: lambda self, count: original(self, count - 1))
+    import evict
+    replace(evict.Ring, "held", lambda original: lambda self, count: original(self, count - 1))
 
 
 @mutant
 def slots_never_written_hold_a_position():
-    import sparse
-    replace(sparse.Ring, "held", lambda original: lambda self, count: original(self, count).clamp(max=0))
+    import evict
+    replace(evict.Ring, "held", lambda original: lambda self, count: original(self, count).clamp(max=0))
 
 
 @mutant
@@ -214,8 +215,8 @@ def padding_takes_slots():
 
 @mutant
 def rewind_is_checked_by_count():
-    import sparse
-    replace(sparse.Ring, "remembers", lambda original: lambda self, position, count: position + self.window >= count)
+    import evict
+    replace(evict.Ring, "remembers", lambda original: lambda self, position, count: position + self.window >= count)
 
 
 @mutant
@@ -245,6 +246,45 @@ def first_block_sees_zeros_before_it():
     import sparse
     replace(sparse, "attend_blocks", lambda original: lambda q, k, v, allowed, rate: original(
         q, k, v, None if allowed is None else allowed[-1:].expand_as(allowed), rate))
+
+
+@mutant
+def joined_softmax_is_an_average():
+    import sparse
+    replace(sparse.torch, "logaddexp", lambda original: lambda a, b: original(a, b) + math.log(2))
+
+
+@mutant
+def joined_softmax_goes_back_by_its_parts():
+    import sparse
+
+    @around(sparse, "BACKWARD")
+    def backward(original, grad, q, k, v, y, total, *args, **kwargs):
+        return original(grad, q, k, v, *sparse.KERNEL(q, k, v, is_causal=args[1], **kwargs), *args, **kwargs)
+
+
+@mutant
+def strangers_are_pooled():
+    from further import gqa
+    replace(gqa, "mean", lambda original: lambda heads: original(heads.roll(1, 0)))
+    gqa.WAYS["mean"] = gqa.mean
+
+
+@mutant
+def queries_do_not_learn_of_the_new_keys():
+    from further import gqa
+
+    @around(gqa, "span")
+    def span(original, heads):
+        shared, change = original(heads)
+        return shared, gqa.torch.eye(heads.size(2)).to(heads).expand_as(change)
+
+
+@mutant
+def pooled_model_is_compared_with_a_wider_one():
+    from further import quality
+    replace(quality, "converted", lambda original: lambda way, fields, values, *args: original(
+        way, fields, quality.widened(values, fields), *args))
 
 
 @mutant

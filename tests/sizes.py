@@ -9,7 +9,8 @@ import ast
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-LESSON = ["attention", "cache", "model", "sampling", "generate", "cost", "compare", "train", "bench"]  # in reading order
+LESSON = ["attention", "cache", "evict", "sparse", "model", "sampling", "generate", "cost", "train", "compare", "roofline",
+          "bench"]  # in reading order
 FILE, FUNCTION, PARAMETERS, LESSON_LINES, PLUMBING_LINES = 350, 50, 7, 1900, 1800
 
 

@@ -54,6 +54,14 @@ order = torch.arange(20).flip(0)  # and positions still matter: the last logits 
 idx = torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8, 9, 0]])
 assert (gpt(idx)[0, -1] - gpt(torch.cat([idx[:, :9].flip(1), idx[:, 9:]], 1))[0, -1]).abs().max() > 1e-3
 '''
+ENDLESS = '''
+for pattern in "local:8", "sinks:2,8":  # nothing of the model has block_size rows any more, and no buffer
+    gpt = rough(GPT(GPTConfig(n_layer=2, **sizes | {"block_size": 10**6, "pattern": pattern})))
+    idx, cache = torch.randint(13, (2, 300)), gpt.new_cache(2)
+    parts = [gpt.features(idx[:, a:b], cache, a) for a, b in ((0, 30), (30, 130), *((i, i + 1) for i in range(130, 300)))]
+    assert (torch.cat(parts, 1) - gpt.features(idx)).abs().max() < 1e-10
+    assert cache.nbytes == 2 * 2 * 2 * 2 * 4 * 8 * (8 if pattern == "local:8" else 10) and gpt.count_parameters() < 10**4
+'''
 
 
 def patched(tmp_path, diff):
@@ -73,7 +81,7 @@ def test_the_page_shows_three_changes():
 @pytest.mark.parametrize("name", SECTIONS)
 def test_the_change_keeps_what_the_page_promises(name, tmp_path):
     project = patched(tmp_path, SECTIONS[name])
-    (project / "check.py").write_text(CHECK)
+    (project / "check.py").write_text(CHECK + (ENDLESS if name == "Rotary" else ""))
     done = subprocess.run([sys.executable, "check.py", str(tmp_path / "saved")], cwd=project, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     tests = ["tests/test_schedules.py", "tests/test_model.py", "tests/test_generate.py"]  # the project's own, in fp64

@@ -9,9 +9,9 @@ import torch
 from conftest import call
 
 import train
-from attention import head_sizes
+from attention import Attention, head_sizes
 from further import gqa
-from further.gqa import convert
+from further.gqa import convert, mean, span
 from generate import generate
 from model import BART, GPT, BARTConfig, GPTConfig
 from plumbing import config as configs
@@ -84,8 +84,38 @@ def test_as_many_heads_as_before_are_the_same_model(cls):
 
 
 @pytest.mark.parametrize("cls", FIELDS)
+@pytest.mark.parametrize("seed", range(4))
+def test_by_their_span_products_lose_only_what_lies_outside_the_best_directions(cls, seed):
+    """The oracle takes the directions from the eigenvectors of the heads' squares, not from singular vectors."""
+    model, few = random_case(cls, seed)
+    pooled, D, seen = convert(model, span, **few), 4, 0
+
+    def heads(attention):  # queries, keys, values (n, D, C + 1), and outputs (n, C, D)
+        parts = [attention.c_attn] if hasattr(attention, "c_attn") else [attention.c_q, attention.c_kv]
+        rows = torch.cat([torch.cat([part.weight, part.bias[:, None]], 1) for part in parts]).unflatten(0, (-1, D))
+        KV = attention.n_kv_head
+        return *rows.split([6, KV, KV]), attention.c_proj.weight.unflatten(1, (-1, D)).transpose(0, 1)
+
+    for name, module in model.named_modules():
+        if not isinstance(module, Attention):
+            continue
+        after = pooled.get_submodule(name)
+        (q, *kept, out), (new_q, *shared, new_out) = heads(module), heads(after)
+        served, group = 6 // module.n_kv_head, module.n_kv_head // after.n_kv_head
+        for x, new, asks, new_asks in ((kept[0], shared[0], q.mT, new_q.mT), (kept[1], shared[1], out, new_out)):
+            for h in range(6):
+                mates = x[h // served // group * group :][:group]
+                best = torch.linalg.eigh(sum(m.T @ m for m in mates))[1][:, -D:]
+                true = asks[h] @ x[h // served] @ best @ best.T if group > 1 else asks[h] @ x[h // served]
+                assert (new_asks[h] @ new[h // served // group] - true).abs().max() < 1e-10
+                seen += group > 1
+    assert seen
+
+
+@pytest.mark.parametrize("way", [mean, span])
+@pytest.mark.parametrize("cls", FIELDS)
 @pytest.mark.parametrize("groups", [1, 2, 3])
-def test_heads_that_are_equal_within_their_groups_lose_nothing(cls, groups):
+def test_heads_that_are_equal_within_their_groups_lose_nothing(cls, groups, way):
     """Neighbours are a group: were heads dealt out in turn, these logits would differ."""
     model = build(cls)
     with torch.no_grad():
@@ -95,8 +125,8 @@ def test_heads_that_are_equal_within_their_groups_lose_nothing(cls, groups):
                 heads[:] = heads[:, :, :1].clone()
     before = logits(model)
     for name in FIELDS[cls]:
-        assert (logits(convert(model, **{name: groups})) - before).abs().max() <= 1e-12
-    other = convert(build(cls), n_kv_head=groups)
+        assert (logits(convert(model, way, **{name: groups})) - before).abs().max() <= 1e-12
+    other = convert(build(cls), way, n_kv_head=groups)
     assert other.count_parameters() < model.count_parameters() and not torch.equal(logits(other), before)
 
 
@@ -133,11 +163,12 @@ def test_what_cannot_be_pooled_is_refused_by_its_name():
 
 @pytest.mark.parametrize("kind", ["gpt", "bart"])
 def test_from_a_trained_model_to_a_shared_one_that_was_trained_further(kind, tiny_gpt, tiny_bart, tmp_path):
-    tiny, few = {"gpt": (tiny_gpt, ["--n-kv-head", 1]), "bart": (tiny_bart, ["--n-decoder-kv-head", 2, "--n-cross-kv-head", 1])}[kind]
+    tiny, few = {"gpt": (tiny_gpt, ["--n-kv-head", 1]), "bart": (tiny_bart, ["--by", "span", "--n-decoder-kv-head", 2, "--n-cross-kv-head", 1])}[kind]
     outcome = call(gqa.main, "--model", tiny.path, *few, "--output", tmp_path / "pooled")
     assert outcome.code == 0 and outcome.out.count("\n") == 1
     pooled, tokenizer = load_pretrained(tmp_path / "pooled")
-    expected = convert(tiny.model, **{flag[2:].replace("-", "_"): n for flag, n in zip(few[::2], few[1::2])})
+    counts = {flag[2:].replace("-", "_"): n for flag, n in zip(few[::2], few[1::2]) if flag != "--by"}
+    expected = convert(tiny.model, span if kind == "bart" else mean, **counts)
     for name, x in expected.state_dict().items():
         assert torch.equal(pooled.state_dict()[name], x)
     assert tokenizer.encode("abc") == tiny.tokenizer.encode("abc")

@@ -28,12 +28,15 @@ def table(out):
     return {line[0]: dict(zip(header, line if len(line) == len(header) else [*line[:5], "", *line[5:]])) for line in lines}
 
 
+def pooled(rows):
+    return {f"MHA to {name} by {way}{end}": smaller for name, smaller in rows.items() for way in ("mean", "span")
+            for end in ("", ", trained further")}
+
+
 @pytest.mark.parametrize("toml, rows", [
-    (GPT_TOML, {"MHA": 1, "GQA": 2, "MQA": 4, "local": 8, "strided": 1, "fixed": 64 / 22, "topk": 1, "MHA to GQA": 2,
-                "MHA to GQA, trained further": 2, "MHA to MQA": 4, "MHA to MQA, trained further": 4}),
-    (BART_TOML, {"MHA": 1, "MHA to MQA": 4, "MHA to MQA, trained further": 4, "MHA to MQA self": 65 / (33 / 4 + 32),
-                 "MHA to MQA self, trained further": 65 / (33 / 4 + 32), "MHA to MQA cross": 65 / (33 + 32 / 4),
-                 "MHA to MQA cross, trained further": 65 / (33 + 32 / 4)}),
+    (GPT_TOML, {"MHA": 1, "GQA": 2, "MQA": 4, "local": 8, "strided": 1, "fixed": 64 / 22, "topk": 1}
+     | pooled({"GQA": 2, "MQA": 4})),
+    (BART_TOML, {"MHA": 1} | pooled({"MQA": 4, "MQA self": 65 / (33 / 4 + 32), "MQA cross": 65 / (33 + 32 / 4)})),
 ], ids=["gpt", "bart"])
 def test_two_steps_fill_every_line_of_the_table(toml, rows, tmp_path, monkeypatch):
     """rows: name -> how many times smaller than the multi-head model's its cache is."""
@@ -56,10 +59,10 @@ def test_two_steps_fill_every_line_of_the_table(toml, rows, tmp_path, monkeypatc
         assert number(name, "decode, ms/token") > 0
         assert bool(found[name]["training, tokens/s"]) == (not name.startswith("MHA to") or "further" in name)
         assert (number(name, "parameters") < 0.99 * number("MHA", "parameters")) == name.startswith("MHA to")
-    shared, whole = (load_checkpoint(tmp_path / "out" / name).extra for name in ("to-MQA-1337", "MHA-1337"))
+    shared, whole = (load_checkpoint(tmp_path / "out" / name).extra for name in ("to-MQA-by-mean-1337", "MHA-1337"))
     assert shared["model"] == whole["model"] | {"n_kv_head": 1, "n_inner": None}  # not widened
-    assert shared["train"]["init_from"] == str(tmp_path / "out" / "to-MQA-1337-pooled") and shared["train"]["steps"] == 1
-    assert shared["train"]["lr"] == whole["train"]["lr"] / 2 and shared["data"] == whole["data"]
+    assert shared["train"]["init_from"] == str(tmp_path / "out" / "to-MQA-by-mean-1337-pooled") and shared["train"]["steps"] == 1
+    assert shared["train"]["lr"] == whole["train"]["lr"] * quality.MORE_LR["mean"] and shared["data"] == whole["data"]
     again = call(quality.main, *args)
     assert again.code == 2 and "--train.resume=true" in again.err and again.out == ""
     resumed = call(quality.main, *args, "--train.resume=true")

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+import sparse
 from attention import Causal, attend, attend_explicit, dense, keeping
 from cache import KVCache, Slots, passing
 from conftest import call
@@ -41,6 +42,20 @@ def test_a_fold_is_its_predicate_values_and_gradients(pattern, T, dtype, toleran
         given = torch.randn_like(y)
         assert gap([y], [true]) <= tolerance
         assert gap(*(torch.autograd.grad(out, (q, k, v), given) for out in (y, true))) <= tolerance * 10
+
+
+def test_the_written_out_union_is_the_same():
+    """Where there is dropout, or a GPU, no kernel gives its sums. The dropout itself is left out here."""
+    torch.manual_seed(0)
+    q, k, v = draw(33, 4, 2)
+    found = []
+    for p in (0.0, 0.5):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sparse.F, "dropout", lambda x, p: x)
+            patch.setattr(sparse, "KERNEL", sparse.KERNEL if not p else None)
+            y = Strided(7, p).fold(q, k, v)
+            found.append([y, *torch.autograd.grad(y.sin().sum(), (q, k, v))])
+    assert gap(*found) < 1e-12
 
 
 @pytest.mark.parametrize("KV", [4, 2, 1])
