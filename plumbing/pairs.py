@@ -1,0 +1,117 @@
+"""
+bench.py batch, beams, speculate: two ways to decode the same, taking turns, each time in a process of its own.
+
+batch: texts of different lengths one after another, and as one batch. beams: beam search in transformers, on the same
+weights, and here. speculate: one token a pass, and guesses looked up in the text. Each way writes a few tokens first,
+which is not timed; whether both write the same is said.
+"""
+
+import tempfile
+import time
+from argparse import Namespace
+from statistics import median
+
+import torch
+
+from further.beam import beam_search
+from generate import generate, stream
+from plumbing import cli
+from plumbing.errors import UserError
+from plumbing.report import aligned
+from plumbing.weights import save_pretrained
+
+ROWS = 8
+WARM = 4  # tokens
+
+
+def one_by_one(request, rows, n):
+    return [generate(request.model, [row], n, **request.options)[0] for row in rows]
+
+
+def together(request, rows, n):
+    return generate(request.model, rows, n, **request.options)
+
+
+def beams_here(request, rows, n):
+    return [texts[0][1] for texts in beam_search(request.model, rows, n, **request.options)]
+
+
+def beams_of_transformers(request, rows, n):
+    return [theirs(request).generate(torch.tensor([row]), max_new_tokens=n, do_sample=False,
+                                     num_beams=request.options["beams"], eos_token_id=None)[0, -n:].tolist()
+            for row in rows]
+
+
+def theirs(request, loaded={}):
+    """The model in transformers, which reads it from a disk once."""
+    if not loaded:
+        import transformers
+        cls = transformers.BartForConditionalGeneration if request.model.config.is_encoder_decoder \
+            else transformers.GPT2LMHeadModel
+        with tempfile.TemporaryDirectory() as folder:
+            save_pretrained(folder, request.model)
+            loaded["model"] = cls.from_pretrained(folder).eval()
+        loaded["model"].generation_config.forced_eos_token_id = None
+    return loaded["model"]
+
+
+def guessing(request, rows, n):
+    return generate(request.model, rows, n, speculate="lookup", **request.options)
+
+
+WAYS = {"batch": {"one by one": one_by_one, "together": together},
+        "beams": {"transformers": beams_of_transformers, "minDecode": beams_here},
+        "speculate": {"one a pass": together, "lookup": guessing}}
+
+
+def ragged(ids):
+    """Prompts of different lengths, the longest first, from one: beginnings of it."""
+    return [ids[: len(ids) - r * len(ids) // (2 * ROWS)] for r in range(ROWS)]
+
+
+def measure_way(values, way):
+    """What it takes, as a dict. values: the arguments, as a dict; way: the name of one of WAYS[section]."""
+    args = Namespace(**values)
+    request, function = cli.read(args), WAYS[args.section][way]
+    rows = ragged(request.ids) if args.section == "batch" else [request.ids]
+    function(request, rows, min(WARM, request.max_new_tokens))
+    start = time.perf_counter()
+    written = function(request, rows, request.max_new_tokens)
+    seconds, options = time.perf_counter() - start, request.options | {"speculate": "lookup"}
+    passes = len(list(stream(request.model, rows, request.max_new_tokens, **options))) if way == "lookup" else None
+    return dict(seconds=seconds, ids=written, passes=passes)
+
+
+def measure(args, fresh):
+    """All that was measured, as a dict. fresh: runs a function in a process of its own."""
+    if args.pairs < 1:
+        raise UserError(f"--pairs {args.pairs} must be at least 1")
+    request, ways = cli.read(args), WAYS[args.section]
+    if args.section == "beams" and request.technique != "beams":
+        raise UserError("beams needs a number of beams above 1: give --beams N")
+    if args.section == "batch" and len(request.ids) < ROWS:
+        raise UserError(f"a prompt of {len(request.ids)} tokens: give at least {ROWS}, for prompts of as many lengths")
+    config, args.random_seed = request.model.config, None
+    del request
+    found = {way: [] for way in ways}
+    for _ in range(args.pairs):
+        for way in ways:
+            found[way].append(fresh(measure_way, vars(args), way))
+    return dict(section=args.section, model=args.random or args.model, ways=found)
+
+
+def table(result):
+    """The measurements as text."""
+    ways, rows = result["ways"], [["way", "seconds, median", "least to most", "tokens/s", "faster"]]
+    first = None
+    for way, runs in ways.items():
+        seconds, tokens = [run["seconds"] for run in runs], sum(map(len, runs[0]["ids"]))
+        first = first or median(seconds)
+        rows.append([way, f"{median(seconds):.3f}", f"{min(seconds):.3f} to {max(seconds):.3f}",
+                     f"{tokens / median(seconds):,.1f}", f"{first / median(seconds):.2f}x"])
+    a, b = (runs[0] for runs in ways.values())
+    lines = [aligned(rows), f"both write {'the same' if a['ids'] == b['ids'] else 'something else'}"]
+    if b["passes"]:
+        lines.append(f"{sum(map(len, b['ids']))} tokens in {b['passes']} passes: "
+                     f"{sum(map(len, b['ids'])) / b['passes']:.2f} each")
+    return "\n".join(lines)
