@@ -12,6 +12,7 @@ from plumbing.models import random_model
 from plumbing.tokenizers import StreamDecoder, Tokenizer, load_tokenizer
 from plumbing.utils import DTYPES, pick_device, set_seed
 from plumbing.weights import load_generation_config, load_model, locate
+from sampling import Choice
 
 MAX_PROMPT = 2**24  # bytes
 MAX_SAMPLES = 1024  # rows of one batch
@@ -19,9 +20,10 @@ DEFAULT_NEW_TOKENS = 100
 STRATEGY = "naive, hoisted (BART), cached, or MODULE:FUNCTION for one of your own"
 SOURCES = [["--model", "--prompt"], ["--model", "--prompt-file"], ["--model", "-"], ["--random", "--prompt-tokens"]]
 # keys of generation_config.json that change what is generated and that nothing here can honour, unless they are idle
-UNSUPPORTED = {"repetition_penalty": 1.0, "encoder_no_repeat_ngram_size": 0, "bad_words_ids": None, "typical_p": 1.0,
-               "forced_decoder_ids": None, "stop_strings": None, "exponential_decay_length_penalty": None,
-               "suppress_tokens": None, "begin_suppress_tokens": None, "sequence_bias": None, "num_beam_groups": 1}
+UNSUPPORTED = {"encoder_repetition_penalty": 1.0, "encoder_no_repeat_ngram_size": 0, "bad_words_ids": None,
+               "typical_p": 1.0, "forced_decoder_ids": None, "stop_strings": None, "num_beam_groups": 1,
+               "exponential_decay_length_penalty": None, "suppress_tokens": None, "begin_suppress_tokens": None,
+               "sequence_bias": None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +69,7 @@ def add_arguments(parser):
     add("--dtype", choices=sorted(DTYPES), help="of the weights; default: as in the file")
     add("--seed", type=WHOLE, help="of what is drawn; default: different every time")
     # not every program has them
-    parser.set_defaults(random=None, prompt_tokens=None, stats=False, no_stream=False)
+    parser.set_defaults(random=None, prompt_tokens=None, strategy=None, stats=False, no_stream=False)
 
 
 def add_random(parser):
@@ -87,6 +89,7 @@ def parse(doc, args=None):
     add("--top-k", type=WHOLE, metavar="K", help="draw among the K most likely tokens")
     add("--top-p", type=REAL, metavar="P", help="draw among the most likely tokens that have probability P together")
     add("--min-p", type=REAL, metavar="P", help="draw among tokens at least P times as likely as the most likely one")
+    add("--repetition-penalty", type=REAL, metavar="P", help="above 1, what is in the text already becomes less likely")
     add("--stats", action="store_true", help="what it took, on standard error")
     add("--no-stream", action="store_true", help="print the text when it is complete")
     args = parser.parse_args(args)
@@ -121,15 +124,18 @@ def check(args):
 def read(args):
     """The Request that the arguments make. Raises UserError on whatever is wrong with them, the model or the prompt."""
     check(args)
+    keys = "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed"
+    given = {key: value for key in keys if (value := getattr(args, key, None)) is not None}
+    Choice(**given).validate()
     model, tokenizer, published = load(args)
     prompt, ids = read_prompt(args, model, tokenizer)
     begun = read_decoder_prompt(args, model, tokenizer)
     start = model.config.starts(len(ids)) + len(begun)
     max_new_tokens, rules = publishers_rules(args, model, tokenizer, published, start)
     # what an untrained model calls the end means nothing
-    options = {"ignore_eos": args.ignore_eos or args.random is not None, **rules}
-    given = {key: getattr(args, key, None) for key in ("strategy", "temperature", "top_k", "top_p", "min_p", "seed")}
-    options |= {key: value for key, value in given.items() if value is not None}  # what is left out has its own default
+    options = {"ignore_eos": args.ignore_eos or args.random is not None, **rules, **given}
+    if args.strategy is not None:
+        options["strategy"] = args.strategy
     if begun:
         options["decoder_prompts"] = [begun] * args.num_samples
     shown = args.decoder_prompt or "" if model.config.is_encoder_decoder else prompt
@@ -218,6 +224,7 @@ def publishers_rules(args, model, tokenizer, published, start):
     least = max(integer(published, "min_length", 0), start + integer(published, "min_new_tokens", -start))
     first = integer(published, "forced_bos_token_id", None, real)
     return max_new_tokens, {
+        "repetition_penalty": 1.0 if (penalty := published.get("repetition_penalty")) is None else penalty,
         "min_length": least,
         "no_repeat_ngram": integer(published, "no_repeat_ngram_size", 0) or None,
         "forced_last": integer(published, "forced_eos_token_id", None, real),

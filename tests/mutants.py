@@ -781,13 +781,13 @@ def top_k_keeps_ties():
     *_, sampling = project()
 
     @around(sampling.Chooser, "draw")
-    def draw(original, self, scores):
+    def draw(original, self, scores, which):
         if not self.choice.top_k:
-            return original(self, scores)
+            return original(self, scores, which)
         least = scores.topk(min(self.choice.top_k, scores.size(-1)))[0][:, -1:]
         own, self.choice = self.choice, dataclasses.replace(self.choice, top_k=None)
         try:
-            return original(self, scores.masked_fill(scores < least, -torch.inf))
+            return original(self, scores.masked_fill(scores < least, -torch.inf), which)
         finally:
             self.choice = own
 
