@@ -57,13 +57,13 @@ class Choice:
 
 
 # -----------------------------------------------------------------------------
-# Rules: each changes the scores of all rows in place; what is forbidden becomes minus infinity. Filters: of probabilities
-# (B, K) in falling order, which to keep; the first is always kept. Each is asked if the field of its name is set, and
-# gets its value.
+# Rules: each changes the scores of all rows in place; what is forbidden becomes minus infinity. Filters: of
+# probabilities (B, K) in falling order, which to keep; the first is always kept. Each is asked if the field of its name
+# is set, and gets its value.
 
 
 class Texts(NamedTuple):
-    """What rules know of the rows. Their scores are (B, V + 1): the last column is thrown away, so padding does no harm."""
+    """What rules know of the rows, whose scores are (B, V + 1): the last column is that of padding, and is dropped."""
 
     ids: torch.Tensor      # (B, T), padded on the left with V
     lengths: torch.Tensor  # (B, 1), without the padding
@@ -140,7 +140,7 @@ class Chooser:
         """The logits in fp32 or more, with minus infinity where a rule forbids."""
         scores, V = logits.to(torch.promote_types(logits.dtype, torch.float32)), logits.size(-1)
         if self.rules:
-            scores, texts = F.pad(scores, (0, 1)), self.texts(rows, which, V)  # a copy: the logits are somebody else's
+            scores, texts = F.pad(scores, (0, 1)), self.texts(rows, which, V)  # a copy: the logits are not ours
             for rule, value in self.rules:
                 rule(scores, value, texts)
         scores = scores[:, :V][:, : self.choice.n_vocab]
@@ -167,4 +167,4 @@ class Chooser:
             probs[:, 1:] *= keep(probs, value)[:, 1:]
         upto, where = probs.cumsum(-1), [[self.generator(r).random()] for r in which]  # in [0, 1)
         hit = (upto > upto[:, -1:] * torch.tensor(where, dtype=upto.dtype, device=upto.device)) & (probs > 0)
-        return ids.gather(-1, hit.int().argmax(-1, keepdim=True))  # the first; where rounding leaves none, the likeliest
+        return ids.gather(-1, hit.int().argmax(-1, keepdim=True))  # the first; if rounding leaves none, the likeliest

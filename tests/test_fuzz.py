@@ -155,7 +155,8 @@ FLAGS = {
     "generate": SHARED | DECODER_PROMPT | STRATEGY | {
         "--temperature": ["0", "0.5", "1", "1e-9", "1e30", "1e300"], "--top-k": ["1", "3", "1000"], "--stats": None,
         "--top-p": ["0", "0.5", "1"], "--min-p": ["0", "0.1", "1"], "--no-stream": None,
-        "--repetition-penalty": ["1", "1.3", "0.2", "1e-30", "1e18", "1e300"]},
+        "--repetition-penalty": ["1", "1.3", "0.2", "1e-30", "1e18", "1e300"],
+        "--overflow": ["refuse", "slide", "slide"]},
     "compare": SHARED,
     "trace": SHARED | DECODER_PROMPT | STRATEGY,
     "report": SHARED | {"--output": ["page.html", "gpt.toml", "none/page.html", "empty"]},
