@@ -317,8 +317,8 @@ def main(args=None):
         return {"load": load, "attention": attention}[args.section](args)
     if args.section == "decode" and args.model is None and args.random is None:
         return decode_settings(parser.parse_args)
-    if args.section in ("trace", "report") and args.num_samples > 1:
-        raise UserError(f"{args.section} shows one text: leave out --num-samples {args.num_samples}")
+    if args.section in ("trace", "report") and args.rows > 1:
+        raise UserError(f"{args.section} shows one text: leave out --num-samples {args.rows}")
     decoding[args.section][0](cli.read(args), args)
 
 

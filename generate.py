@@ -13,6 +13,7 @@ The loop never changes: a step finds the next id of every row, and it is appende
 
 All three give the same logits; they differ in what stands before the step. Ragged batches are the normal case: rows are
 padded on the right, and every row decodes at its own position. Padding lies in a row's future, so causality hides it.
+A text that outgrows block_size may slide: what the model sees of it is its newest part, see windows().
 """
 
 import json
@@ -29,6 +30,7 @@ if __name__ == "__main__":
 import torch
 
 import cost
+from plumbing.checks import check_count, check_ids, prepare
 from sampling import Choice, Chooser
 
 # -----------------------------------------------------------------------------
@@ -84,40 +86,90 @@ def project(model, encoded, lengths):
 # -----------------------------------------------------------------------------
 # The strategies. Each makes a step(rows, which) -> the new ids of each row, one or more. rows: lists of ids, the texts
 # so far; which: their numbers in the request, in order, because rows that have ended leave the batch. sources: None for
-# a GPT. room: the length of the longest row when it is complete. choose: a Chooser.
+# a GPT. B: prompts; the first step has all rows, n for each prompt, neighbours. room: positions of the longest row when
+# it is complete. choose: a Chooser.
+
+
+def windows(model, rows):
+    """
+    What the model sees of each text: all of it, or, of one longer than block_size, what is left when its first
+    block_size // 2 tokens have been forgotten, as often as needed. What is left stands at the positions from 0 on.
+    """
+    size = model.config.block_size
+    half = max(1, size // 2)
+    return [row if len(row) <= size else row[-((size - len(row)) // half) * half :] for row in rows]
+
+
+def asking(B):
+    """Of the rows' numbers, first of all of them: which of B sources each row asks."""
+    n = None
+
+    def asked(which):
+        nonlocal n
+        n = n or which[-1] // B + 1  # rows of one source
+        return [r // n for r in which]
+
+    return asked
 
 
 def naive(model, sources, B, room, choose):
+    asked = asking(B)
+
     def step(rows, which):
-        memory = project(model, *encode(model, sources and [sources[r] for r in which]))
-        return choose(advance(model, rows, None, memory)[:, 0], rows, which)
+        memory = project(model, *encode(model, sources and [sources[s] for s in asked(which)]))
+        return choose(advance(model, windows(model, rows), None, memory)[:, 0], rows, which)
 
     return step
 
 
 def hoisted(model, sources, B, room, choose):
-    encoded, lengths = encode(model, sources)
+    (encoded, lengths), asked = encode(model, sources), asking(B)
 
     def step(rows, which):
-        memory = project(model, encoded[which], None if lengths is None else lengths[which])
-        return choose(advance(model, rows, None, memory)[:, 0], rows, which)
+        own = asked(which)
+        memory = project(model, encoded[own], None if lengths is None else lengths[own])
+        return choose(advance(model, windows(model, rows), None, memory)[:, 0], rows, which)
 
     return step
 
 
 def cached(model, sources, B, room, choose, cache=None):  # cache: an empty one, of another kind than the model's
-    memory = project(model, *encode(model, sources))
-    cache, held = cache or model.new_cache(B, room), list(range(B))
+    memory, cache = project(model, *encode(model, sources)), cache or model.new_cache(B, room)
+    asked, held, kept = asking(B), list(range(B)), list(range(B))  # rows of the cache, and of the memory
 
     def step(rows, which):
-        nonlocal memory, held
-        if which != held:  # some have ended: the others move together
-            kept = [held.index(r) for r in which]
-            cache.reorder(kept)
-            memory, held = memory and memory.take(kept), which
-        return choose(advance(model, rows, cache, memory)[:, 0], rows, which)
+        nonlocal memory, held, kept
+        needed, texts = shared(asked(which)), windows(model, rows)
+        if len(which) < len(held):  # some have ended: the others move together
+            cache.reorder([held.index(r) for r in which])
+        if needed != kept:
+            memory = memory and memory.take([kept.index(s) for s in needed])
+        held, kept, n = which, needed, len(rows) // len(cache.filled)  # samples of a prompt are one until they differ
+        restart(model, texts, cache, memory)
+        logits = advance(model, texts[::n], cache, memory)[:, 0].repeat_interleave(n, 0)
+        if n > 1:
+            cache.expand(n)
+        return choose(logits, rows, which)
 
     return step
+
+
+def shared(asked):
+    """The sources that rows ask: each one once if it has as many rows as the others, neighbours; else one per row."""
+    once = list(dict.fromkeys(asked))
+    return once if asked == [s for s in once for _ in range(len(asked) // len(once))] else asked
+
+
+def restart(model, texts, cache, memory):
+    """Texts whose window has moved, so that nothing stored stands where it did, enter again, but for the newest id."""
+    moved = [i for i, (text, stored) in enumerate(zip(texts, cache.filled)) if len(text) <= stored]
+    if len(moved) == len(texts):
+        return cache.rewind(0)  # all of them in the pass that follows
+    for i in moved:
+        row = cache.row(i)
+        row.rewind(0)
+        advance(model, [texts[i][:-1]], row, memory and memory.take([i * len(memory.kv[0][0]) // len(texts)]))
+        cache.filled[i] = row.filled[0]
 
 
 def strategies(model):
@@ -176,79 +228,46 @@ def loop(step, rows, limits, ended):
         yield found
 
 
-def check_ids(what, rows, vocab_size, least=1):
-    """Raise UserError unless every row is a list of at least `least` ids of the vocabulary."""
-    for r, row in enumerate(rows):
-        if not isinstance(row, list | tuple):
-            raise UserError(f"{what} {r} is {row!r:.60}: it must be a list of ids (of a tensor, its tolist())")
-        if len(row) < least:
-            raise UserError(f"{what} {r} is empty: it needs at least {least} token")
-        for i in row:
-            if type(i) is not int or not 0 <= i < vocab_size:
-                raise UserError(f"{what} {r} has the id {i!r}: ids are integers from 0 to {vocab_size - 1}")
-
-
-def prepare(model, prompts, max_new_tokens, decoder_prompts):
-    """Check a request and sort it into sources (None for a GPT) and the B rows that the decoder continues."""
-    prompts = list(prompts)  # a generator gives them once
-    config, sources, rows = model.config, None, prompts
-    check_ids("prompt", prompts, config.vocab_size)
-    if config.is_encoder_decoder:
-        sources, longest = prompts, max(map(len, prompts), default=0)
-        if longest > config.block_size:
-            raise UserError(f"a source of {longest} tokens does not fit block_size={config.block_size}: shorten it")
-        starts = [[]] * len(prompts) if decoder_prompts is None else list(decoder_prompts)
-        check_ids("decoder prompt", starts, config.vocab_size, least=0)
-        rows = [[config.start_id, *start] for start in starts]
-    elif decoder_prompts is not None:
-        raise UserError("decoder_prompts are for an encoder-decoder: a GPT continues its prompts themselves")
-    if len(rows) != len(prompts):
-        raise UserError(f"{len(rows)} decoder prompts for {len(prompts)} sources: give one for each")
-    if type(max_new_tokens) is not int or max_new_tokens < 1:
-        raise UserError(f"max_new_tokens={max_new_tokens!r:.60} must be a whole number, at least 1")
-    longest = max(map(len, rows), default=0)
-    if longest + max_new_tokens > config.block_size:
-        raise UserError(f"{longest} tokens and max_new_tokens={max_new_tokens} do not fit "
-                        f"block_size={config.block_size}: shorten the prompt or ask for fewer")
-    return sources, rows
-
-
-def stream(model, prompts, max_new_tokens, *, strategy="cached", decoder_prompts=None, ignore_eos=False, **choice):
+def stream(model, prompts, max_new_tokens, *, strategy="cached", decoder_prompts=None, ignore_eos=False, num_samples=1,
+           overflow="refuse", **choice):
     """
-    generate(), one step at a time: an iterator of B lists of new ids, empty for a row that has ended. Whatever is wrong
-    with the request is found out here, before anything is computed.
+    generate(), one step at a time: an iterator of B * num_samples lists of new ids, empty for a row that has ended.
+    Whatever is wrong with the request is found out here, before anything is computed.
     """
     make = find_strategy(model, strategy)
-    sources, rows = prepare(model, prompts, max_new_tokens, decoder_prompts)
+    sources, rows = prepare(model, prompts, max_new_tokens, decoder_prompts, overflow)
+    check_count("num_samples", num_samples)
     ends = [] if ignore_eos else model.config.end_ids
     forced = [choice[key] for key in ("forced_first", "forced_last") if choice.get(key) is not None]
     check_ids("the list of forced ids", [forced], choice.get("n_vocab") or model.config.vocab_size, least=0)
+    B, rows = len(rows), [row for row in rows for _ in range(num_samples)]
     limits = [len(row) + max_new_tokens for row in rows]
     choose = Chooser(Choice(**choice), model.wte.weight.device, ends, limits)
     if not rows:
         return iter(())
-    step = make(model, sources, len(rows), max(limits), choose)
+    step = make(model, sources, B, min(max(limits), model.config.block_size), choose)
     return loop(step, rows, limits, lambda r, row: row[-1] in ends)
 
 
-def generate(model, prompts, max_new_tokens, *, strategy="cached", decoder_prompts=None, ignore_eos=False, **choice):
+def generate(model, prompts, max_new_tokens, **options):
     """
-    The new ids of each row: a list of B lists, each up to and including the row's end-of-sequence id, no padding.
+    The new ids of each row: B * num_samples lists, those of one prompt side by side, each up to and including the row's
+    end-of-sequence id, no padding.
 
     prompts: B lists of ids, of any lengths: texts to continue for GPT, sources for BART (whose decoder starts from
-    config.start_id, then the row of decoder_prompts, if given). They must fit: prompt + max_new_tokens <= block_size,
-    and for BART source <= block_size and 1 + decoder prompt + max_new_tokens <= block_size. strategy: see the top of
-    this file; all give the same tokens; one of your own will do as well, see find_strategy(). ignore_eos: go on to
-    max_new_tokens in every row. The rest are fields of Choice: temperature=0.0 (greedy), top_k, top_p, min_p, seed and
-    so on.
+    config.start_id, then the row of decoder_prompts, if given). A source must fit block_size; so must prompt +
+    max_new_tokens, for BART 1 + decoder prompt + max_new_tokens, unless overflow="slide": see windows(). The cached
+    strategy then computes what it still sees again, every block_size // 2 tokens; rules of Choice go on seeing all.
+    strategy: see the top of this file; all give the same tokens; one of your own will do as well, see find_strategy().
+    ignore_eos: go on to max_new_tokens in every row. num_samples: rows from each prompt, which the cached strategy lets
+    enter once for all of them. The other options are fields of Choice: temperature=0.0 (greedy), top_k, seed and so on.
 
     The model may be in train mode and in use elsewhere, in other threads too: nothing of a decoding is kept on it, and
     there is no dropout where no gradients are recorded. Raises UserError (a ValueError) if the request is not possible,
     before anything is computed; NonFiniteError if the logits are no numbers.
     """
     rows = []
-    for found in stream(model, prompts, max_new_tokens, strategy=strategy, decoder_prompts=decoder_prompts,
-                        ignore_eos=ignore_eos, **choice):
+    for found in stream(model, prompts, max_new_tokens, **options):
         rows = rows or [[] for _ in found]
         for row, ids in zip(rows, found):
             row += ids
@@ -284,9 +303,10 @@ def write_text(request):
 def show_stats(request, rows, seconds):
     """What the generation took, on stderr."""
     config, strategy, N, begun = request.model.config, request.options["strategy"], len(request.ids), len(request.begun)
-    kept, S = "", config.starts(N) + begun + request.max_new_tokens
+    kept, longest = "", config.starts(N) + begun + request.max_new_tokens
+    S = min(longest, config.block_size)  # what slides fills a block
     if strategy in cost.FORMULAS:  # what one of your own keeps is not known
-        predicted = cost.predict(config, strategy, N, request.max_new_tokens, len(rows),
+        predicted = cost.predict(config, strategy, N, request.max_new_tokens - (longest - S), len(rows),
                                  request.model.wte.weight.element_size(), begun)
         kept = f"; cache of {S} positions, {predicted['self_cache_bytes']:,} bytes"
     later = seconds[1:] or [0.0]

@@ -1,16 +1,20 @@
 """
 Choosing the next token from its logits: greedily, or by chance among the likely ones.
 
-First RULES, which a model's publishers may set, forbid tokens; then comes the most likely one, or a draw, at a
+First RULES, which a model's publishers may set, lower or forbid tokens; then comes the most likely one, or a draw, at a
 temperature, from what FILTERS leave of the likely ones. A new way of sampling is one entry in one of the two tables,
 and the field of Choice that has its name. This file knows logits and the rows so far, and nothing of where they come
-from. Shapes: B rows, V vocabulary.
+from. Shapes: B rows, T tokens of the longest one, V vocabulary.
 """
 
 import math
 from dataclasses import dataclass
+from functools import cache
+from random import Random, SystemRandom
+from typing import NamedTuple
 
 import torch
+from torch.nn import functional as F
 
 from plumbing.errors import NonFiniteError, UserError
 
@@ -26,8 +30,9 @@ class Choice:
     top_k: int | None = None            # keep the k most likely tokens
     top_p: float | None = None          # keep the most likely ones until they have probability p (Holtzman et al. 2019)
     min_p: float | None = None          # keep those at least this fraction as likely as the most likely one
-    seed: int | None = None             # of the draws; None = different every time
+    seed: int | None = None             # of the draws; with it, a row's depend on its number and its logits alone
     n_vocab: int | None = None          # ids from here on are never chosen: a model's vocabulary may be padded
+    repetition_penalty: float = 1.0     # makes what is in the row less likely, above 1 (Keskar et al. 2019)
     min_length: int = 0                 # no end before a row has this many tokens, the decoder's start included
     no_repeat_ngram: int | None = None  # no sequence of this many tokens may occur twice in a row
     forced_first: int | None = None     # the id that must follow the decoder's start token
@@ -45,37 +50,55 @@ class Choice:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int | float) or not 0 <= value <= 1):
                 raise UserError(f"{name}={value!r:.60} is a probability: choose it from 0 to 1")
+        penalty = self.repetition_penalty
+        if not isinstance(penalty, int | float) or not 0 < penalty < 2**63:
+            raise UserError(f"repetition_penalty={penalty!r:.60} must be a number above 0 and less than 2**63; 1 is no "
+                            f"penalty")
 
 
 # -----------------------------------------------------------------------------
-# Rules: what is forbidden in one row becomes minus infinity in its scores (V,). row: its ids so far; ends: the ids that
-# end it; limit: the length at which it is cut. Filters: of probabilities (B, K) in falling order, which to keep; the
-# first is always kept. Each is asked if the field of its name is set, and gets its value.
+# Rules: each changes the scores of all rows in place; what is forbidden becomes minus infinity. Filters: of
+# probabilities (B, K) in falling order, which to keep; the first is always kept. Each is asked if the field of its name
+# is set, and gets its value.
 
 
-def no_repeat_ngram(scores, n, row, ends, limit):
-    newest = row[len(row) + 1 - n :]  # n - 1 ids: whatever followed them before is forbidden now
-    for i in range(len(row) + 1 - n):
-        if row[i : i + n - 1] == newest:
-            scores[row[i + n - 1]] = -torch.inf
+class Texts(NamedTuple):
+    """What rules know of the rows, whose scores are (B, V + 1): the last column is that of padding, and is dropped."""
+
+    ids: torch.Tensor      # (B, T), padded on the left with V
+    lengths: torch.Tensor  # (B, 1), without the padding
+    limits: torch.Tensor   # (B, 1), the length at which a row is cut, 0 for nowhere
+    ends: torch.Tensor     # the ids that end a row
 
 
-def min_length(scores, n, row, ends, limit):
-    if len(row) < n:
-        scores[ends] = -torch.inf
+def repetition_penalty(scores, penalty, texts):
+    seen = scores.gather(1, texts.ids)  # from the scores as they were: what was seen twice is not punished twice
+    scores.scatter_(1, texts.ids, torch.where(seen < 0, seen * penalty, seen / penalty))
+
+
+def no_repeat_ngram(scores, n, texts):
+    T = texts.ids.size(1)
+    if n <= T:
+        grams, newest = texts.ids.unfold(1, n, 1), texts.ids[:, None, T + 1 - n :]  # (B, T + 1 - n, n), (B, 1, n - 1)
+        again = (grams[:, :, :-1] == newest).all(-1)  # what followed these n - 1 ids is forbidden now
+        scores.scatter_(1, grams[:, :, -1].where(again, scores.size(1) - 1), -torch.inf)
+
+
+def min_length(scores, n, texts):
+    scores[:, texts.ends] = scores[:, texts.ends].masked_fill(texts.lengths < n, -torch.inf)
 
 
 def force(scores, id, now):
-    if now:
-        scores[:] = -torch.inf
-        scores[id] = 0.0
+    scores.masked_fill_(now, -torch.inf)
+    scores[:, id : id + 1].masked_fill_(now, 0.0)
 
 
-RULES = {
+RULES = {  # in the order of transformers
+    "repetition_penalty": repetition_penalty,
     "no_repeat_ngram": no_repeat_ngram,
     "min_length": min_length,
-    "forced_first": lambda scores, id, row, ends, limit: force(scores, id, len(row) == 1),
-    "forced_last": lambda scores, id, row, ends, limit: force(scores, id, len(row) + 1 == limit),
+    "forced_first": lambda scores, id, texts: force(scores, id, texts.lengths == 1),
+    "forced_last": lambda scores, id, texts: force(scores, id, texts.lengths + 1 == texts.limits),
 }
 FILTERS = {  # top_k needs none: it is K, how many are put in order at all, which would take a tenth of a small step
     "top_p": lambda probs, p: probs.cumsum(-1) - probs < p,  # what is more likely has not reached p yet
@@ -85,17 +108,19 @@ FILTERS = {  # top_k needs none: it is K, how many are put in order at all, whic
 
 class Chooser:
     """
-    Chooses by a Choice, with a random generator of its own. ends: the ids that end a row; limits: the length at which
-    each row of the request is cut, None for nowhere. A row is known by its number in the request, because rows that end
-    leave the batch. Raises UserError on a choice that makes no sense.
+    Chooses by a Choice. ends: the ids that end a row; limits: the length at which each row of the request is cut, None
+    for nowhere. A row is known by its number in the request, because rows that end leave the batch; it draws with a
+    random generator of its own, made from the seed and its number, so whoever is beside it changes nothing. Raises
+    UserError on a choice that makes no sense.
     """
 
     def __init__(self, choice, device="cpu", ends=(), limits=None):
         choice.validate()
-        self.choice, self.ends, self.limits = choice, list(ends), limits
+        self.choice, self.limits, self.device = choice, limits, device
+        self.ends = torch.tensor(list(ends), dtype=torch.long, device=device)
         self.rules, self.filters = self.that_are_set(RULES), self.that_are_set(FILTERS)
-        self.generator = torch.Generator(device)
-        self.generator.seed() if choice.seed is None else self.generator.manual_seed(choice.seed)
+        seed = SystemRandom().getrandbits(63) if choice.seed is None else choice.seed
+        self.generator = cache(lambda r: Random(f"{seed} {r}"))  # of row number r
 
     def that_are_set(self, table):
         """(function, value) of every entry whose field does not have its default."""
@@ -108,25 +133,31 @@ class Chooser:
         Raises NonFiniteError if no token can be chosen.
         """
         scores = self.scores(logits, rows, which)
-        ids = scores.argmax(-1, keepdim=True) if self.choice.temperature == 0 else self.draw(scores)  # (B, 1)
+        ids = scores.argmax(-1, keepdim=True) if self.choice.temperature == 0 else self.draw(scores, which)  # (B, 1)
         return ids.tolist()
 
     def scores(self, logits, rows, which):
         """The logits in fp32 or more, with minus infinity where a rule forbids."""
-        scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        scores, V = logits.to(torch.promote_types(logits.dtype, torch.float32)), logits.size(-1)
         if self.rules:
-            scores = scores.clone()  # the logits are somebody else's
-            for own, row, r in zip(scores, rows, which):
-                limit = self.limits[r] if self.limits else math.inf
-                for rule, value in self.rules:
-                    rule(own, value, row, self.ends, limit)
-        scores = scores[:, : self.choice.n_vocab]
+            scores, texts = F.pad(scores, (0, 1)), self.texts(rows, which, V)  # a copy: the logits are not ours
+            for rule, value in self.rules:
+                rule(scores, value, texts)
+        scores = scores[:, :V][:, : self.choice.n_vocab]
         if not scores.amax(-1).isfinite().all():
             raise NonFiniteError("no token can be chosen from these logits: the weights are damaged, their dtype "
                                  "overflows, or the rules forbid every token")
         return scores
 
-    def draw(self, scores):
+    def texts(self, rows, which, V):
+        """The Texts that these rows are, in a vocabulary of V."""
+        tensor = lambda lists: torch.tensor(lists, dtype=torch.long, device=self.device)
+        lengths, T = [[len(row)] for row in rows], max(map(len, rows))
+        limits = [[self.limits[r] if self.limits else 0] for r in which]
+        ids = [[V] * (T - len(row)) + list(row) for row in rows]
+        return Texts(tensor(ids), tensor(lengths), tensor(limits), self.ends)
+
+    def draw(self, scores, which):
         """Sample ids (B, 1) from scores (B, V) at the temperature, after the filters."""
         most = scores.amax(-1, keepdim=True)  # relative to it nothing overflows, however small the temperature
         probs = ((scores - most) / max(self.choice.temperature, 1e-30)).softmax(-1)
@@ -134,4 +165,6 @@ class Chooser:
         for keep, value in self.filters:
             probs = probs / probs.sum(-1, keepdim=True)
             probs[:, 1:] *= keep(probs, value)[:, 1:]
-        return ids.gather(-1, torch.multinomial(probs, 1, generator=self.generator))
+        upto, where = probs.cumsum(-1), [[self.generator(r).random()] for r in which]  # in [0, 1)
+        hit = (upto > upto[:, -1:] * torch.tensor(where, dtype=upto.dtype, device=upto.device)) & (probs > 0)
+        return ids.gather(-1, hit.int().argmax(-1, keepdim=True))  # the first; if rounding leaves none, the likeliest

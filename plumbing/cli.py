@@ -12,6 +12,7 @@ from plumbing.models import random_model
 from plumbing.tokenizers import StreamDecoder, Tokenizer, load_tokenizer
 from plumbing.utils import DTYPES, pick_device, set_seed
 from plumbing.weights import load_generation_config, load_model, locate
+from sampling import Choice
 
 MAX_PROMPT = 2**24  # bytes
 MAX_SAMPLES = 1024  # rows of one batch
@@ -19,9 +20,10 @@ DEFAULT_NEW_TOKENS = 100
 STRATEGY = "naive, hoisted (BART), cached, or MODULE:FUNCTION for one of your own"
 SOURCES = [["--model", "--prompt"], ["--model", "--prompt-file"], ["--model", "-"], ["--random", "--prompt-tokens"]]
 # keys of generation_config.json that change what is generated and that nothing here can honour, unless they are idle
-UNSUPPORTED = {"repetition_penalty": 1.0, "encoder_no_repeat_ngram_size": 0, "bad_words_ids": None, "typical_p": 1.0,
-               "forced_decoder_ids": None, "stop_strings": None, "exponential_decay_length_penalty": None,
-               "suppress_tokens": None, "begin_suppress_tokens": None, "sequence_bias": None, "num_beam_groups": 1}
+UNSUPPORTED = {"encoder_repetition_penalty": 1.0, "encoder_no_repeat_ngram_size": 0, "bad_words_ids": None,
+               "typical_p": 1.0, "forced_decoder_ids": None, "stop_strings": None, "num_beam_groups": 1,
+               "exponential_decay_length_penalty": None, "suppress_tokens": None, "begin_suppress_tokens": None,
+               "sequence_bias": None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +37,9 @@ class Request:
     begun: list                  # ids that a BART's text begins with, behind its start token
     shown: str                   # what stands before the text that is generated
     max_new_tokens: int
-    num_samples: int             # rows of the batch, all with the same prompt
-    options: dict                # further arguments of generate(): strategy, ignore_eos, the fields of Choice
+    num_samples: int             # texts from the prompt
+    rows: int                    # how often it is in the batch, each time on its own: bench.py's
+    options: dict                # further arguments of generate(): strategy, num_samples, the fields of Choice, ...
     json: bool
     stats: bool
     live: bool                   # print the text as it comes
@@ -46,7 +49,7 @@ class Request:
 
     def batch(self):
         """The first arguments of generate(): prompts and max_new_tokens."""
-        return [self.ids] * self.num_samples, self.max_new_tokens
+        return [self.ids] * self.rows, self.max_new_tokens
 
 
 def add_arguments(parser):
@@ -59,7 +62,6 @@ def add_arguments(parser):
     add("--decoder-prompt", metavar="TEXT", help="what a BART's text begins with")
     add("--max-new-tokens", type=WHOLE, metavar="M", help=f"at most; default: {DEFAULT_NEW_TOKENS}, or what "
         f"fits: prompt + new tokens <= block_size; of a BART source <= block_size and 1 + new tokens <= block_size")
-    add("--num-samples", type=WHOLE, default=1, metavar="N", help="texts from one prompt, as one batch")
     add("--beams", type=WHOLE, metavar="N", help="1 = no beam search, whatever the model's generation_config.json says")
     add("--ignore-eos", action="store_true", help="go on to --max-new-tokens")
     add("--json", action="store_true", help="for machines: one JSON object a line")
@@ -67,7 +69,7 @@ def add_arguments(parser):
     add("--dtype", choices=sorted(DTYPES), help="of the weights; default: as in the file")
     add("--seed", type=WHOLE, help="of what is drawn; default: different every time")
     # not every program has them
-    parser.set_defaults(random=None, prompt_tokens=None, stats=False, no_stream=False)
+    parser.set_defaults(random=None, prompt_tokens=None, num_samples=1, rows=1, stats=False, no_stream=False)
 
 
 def add_random(parser):
@@ -75,6 +77,8 @@ def add_random(parser):
     parser.add_argument("--random", metavar="CONFIG", help="an untrained model: a configuration or a preset, e.g. "
                         "gpt2, which any number of --model.key=value, e.g. --model.n_kv_head=1, change")
     parser.add_argument("--prompt-tokens", type=WHOLE, metavar="N", help="its prompt: N random tokens")
+    parser.add_argument("--num-samples", type=WHOLE, dest="rows", metavar="B", help="rows of the batch, each with the "
+                        "whole prompt")
 
 
 def parse(doc, args=None):
@@ -82,11 +86,16 @@ def parse(doc, args=None):
     parser = Parser(prog="generate.py", description=doc)
     add_arguments(parser)
     add = parser.add_argument
+    add("--num-samples", type=WHOLE, metavar="N", help="texts from one prompt, which is read once for all of them")
+    add("--overflow", default="refuse", choices=["refuse", "slide"], help="what becomes of a text longer than "
+        "block_size. slide: whenever it is full its first block_size / 2 tokens are forgotten, and the rest, computed "
+        "again, stands at the positions from 0 on: a prefill for every block_size / 2 tokens")
     add("--strategy", default="cached", help=f"{STRATEGY}; default: cached")
     add("--temperature", type=REAL, help="0 = greedy")
     add("--top-k", type=WHOLE, metavar="K", help="draw among the K most likely tokens")
     add("--top-p", type=REAL, metavar="P", help="draw among the most likely tokens that have probability P together")
     add("--min-p", type=REAL, metavar="P", help="draw among tokens at least P times as likely as the most likely one")
+    add("--repetition-penalty", type=REAL, metavar="P", help="above 1, what is in the text already becomes less likely")
     add("--stats", action="store_true", help="what it took, on standard error")
     add("--no-stream", action="store_true", help="print the text when it is complete")
     args = parser.parse_args(args)
@@ -112,8 +121,9 @@ def check(args):
                         f"and --prompt-tokens N")
     if args.prompt_tokens is not None and args.prompt_tokens < 1:
         raise UserError(f"--prompt-tokens {args.prompt_tokens} must be at least 1")
-    if not 1 <= args.num_samples <= MAX_SAMPLES:
-        raise UserError(f"--num-samples {args.num_samples} must be from 1 to {MAX_SAMPLES}")
+    for samples in (args.num_samples, args.rows):
+        if not 1 <= samples <= MAX_SAMPLES:
+            raise UserError(f"--num-samples {samples} must be from 1 to {MAX_SAMPLES}")
     if args.beams not in (None, 1):
         raise UserError(f"--beams {args.beams}: beam search is not part of this program yet, use --beams 1")
 
@@ -121,20 +131,22 @@ def check(args):
 def read(args):
     """The Request that the arguments make. Raises UserError on whatever is wrong with them, the model or the prompt."""
     check(args)
+    given = lambda *keys: {key: value for key in keys if (value := getattr(args, key, None)) is not None}
+    choice = given("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+    Choice(**choice).validate()
     model, tokenizer, published = load(args)
     prompt, ids = read_prompt(args, model, tokenizer)
     begun = read_decoder_prompt(args, model, tokenizer)
     start = model.config.starts(len(ids)) + len(begun)
     max_new_tokens, rules = publishers_rules(args, model, tokenizer, published, start)
     # what an untrained model calls the end means nothing
-    options = {"ignore_eos": args.ignore_eos or args.random is not None, **rules}
-    given = {key: getattr(args, key, None) for key in ("strategy", "temperature", "top_k", "top_p", "min_p", "seed")}
-    options |= {key: value for key, value in given.items() if value is not None}  # what is left out has its own default
+    options = {"ignore_eos": args.ignore_eos or args.random is not None, **rules, **choice}
+    options |= given("strategy", "num_samples", "overflow")
     if begun:
-        options["decoder_prompts"] = [begun] * args.num_samples
+        options["decoder_prompts"] = [begun] * args.rows
     shown = args.decoder_prompt or "" if model.config.is_encoder_decoder else prompt
-    return Request(model, tokenizer, prompt, ids, begun, shown, max_new_tokens, args.num_samples, options, args.json,
-                   args.stats, live=not args.no_stream and not args.json)
+    return Request(model, tokenizer, prompt, ids, begun, shown, max_new_tokens, args.num_samples, args.rows, options,
+                   args.json, args.stats, live=not args.no_stream and not args.json)
 
 
 def load(args):
@@ -214,10 +226,12 @@ def publishers_rules(args, model, tokenizer, published, start):
     if max_new_tokens is None:
         longest = integer(published, "max_length", start + DEFAULT_NEW_TOKENS)
         longest = start + integer(published, "max_new_tokens", longest - start)
-        max_new_tokens = max(1, min(longest, config.block_size) - start)
+        slides = getattr(args, "overflow", None) == "slide"
+        max_new_tokens = max(1, (longest if slides else min(longest, config.block_size)) - start)
     least = max(integer(published, "min_length", 0), start + integer(published, "min_new_tokens", -start))
     first = integer(published, "forced_bos_token_id", None, real)
     return max_new_tokens, {
+        "repetition_penalty": 1.0 if (penalty := published.get("repetition_penalty")) is None else penalty,
         "min_length": least,
         "no_repeat_ngram": integer(published, "no_repeat_ngram_size", 0) or None,
         "forced_last": integer(published, "forced_eos_token_id", None, real),

@@ -22,7 +22,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 TESTS = ["tests/test_attention.py", "tests/test_schedules.py", "tests/test_model.py", "tests/test_generate.py",
-         "tests/test_sampling.py", "tests/test_concat.py", "tests/test_sparse.py", "tests/test_gqa.py", "tests/test_quality.py"]
+         "tests/test_sampling.py", "tests/test_concat.py", "tests/test_sparse.py", "tests/test_gqa.py",
+         "tests/test_quality.py", "tests/test_samples.py"]
 MUTANTS = {}
 
 
@@ -441,8 +442,8 @@ def one_token_too_many_is_accepted():
     _, _, generate, *_ = project()
 
     @around(generate, "prepare")
-    def prepare(original, model, prompts, max_new_tokens, decoder_prompts):
-        return original(model, prompts, max(max_new_tokens - 1, min(max_new_tokens, 1)), decoder_prompts)
+    def prepare(original, model, prompts, max_new_tokens, decoder_prompts, overflow="refuse"):
+        return original(model, prompts, max(max_new_tokens - 1, min(max_new_tokens, 1)), decoder_prompts, overflow)
 
 
 # -----------------------------------------------------------------------------
@@ -821,13 +822,13 @@ def top_k_keeps_ties():
     *_, sampling = project()
 
     @around(sampling.Chooser, "draw")
-    def draw(original, self, scores):
+    def draw(original, self, scores, which):
         if not self.choice.top_k:
-            return original(self, scores)
+            return original(self, scores, which)
         least = scores.topk(min(self.choice.top_k, scores.size(-1)))[0][:, -1:]
         own, self.choice = self.choice, dataclasses.replace(self.choice, top_k=None)
         try:
-            return original(self, scores.masked_fill(scores < least, -torch.inf))
+            return original(self, scores.masked_fill(scores < least, -torch.inf), which)
         finally:
             self.choice = own
 
@@ -889,6 +890,62 @@ def what_was_rewound_is_concatenated_too():
 def the_slip_is_none():
     concat = concatenating()
     replace(concat.SlipCache, "join", lambda original: concat.ConcatCache.join)
+
+
+# -----------------------------------------------------------------------------
+# Choosing, samples, and texts that slide
+
+
+@mutant
+def all_rows_draw_from_one_generator():
+    *_, sampling = project()
+
+    @around(sampling.Chooser, "__init__")
+    def init(original, self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        generator = self.generator
+        self.generator = lambda r: generator(0)
+
+
+@mutant
+def a_penalty_divides_what_is_negative_too():
+    *_, sampling = project()
+    sampling.RULES["repetition_penalty"] = lambda scores, penalty, texts: scores.scatter_(
+        1, texts.ids, scores.gather(1, texts.ids) / penalty)
+
+
+@mutant
+def short_rows_are_padded_on_the_right():
+    *_, sampling = project()
+
+    @around(sampling.Chooser, "texts")
+    def texts(original, self, rows, which, V):
+        found, T = original(self, rows, which, V), max(map(len, rows))
+        return found._replace(ids=found.ids.new_tensor([[*row, *[V] * (T - len(row))] for row in rows]))
+
+
+@mutant
+def samples_that_differ_in_number_ask_the_memory_as_before():
+    _, _, generate, *_ = project()
+    replace(generate, "shared", lambda original: lambda asked: list(dict.fromkeys(asked)))
+
+
+@mutant
+def a_window_that_moves_keeps_its_old_keys():
+    _, _, generate, *_ = project()
+
+    @around(generate, "restart")
+    def restart(original, model, texts, cache, memory):
+        cache.rewind([min(n, len(text) - 1) for n, text in zip(cache.filled, texts)])
+
+
+@mutant
+def a_row_that_slides_alone_reads_the_memory_of_the_first():
+    _, _, generate, *_ = project()
+
+    @around(generate, "restart")
+    def restart(original, model, texts, cache, memory):
+        return original(model, texts, cache, memory and memory.take([0] * len(memory.kv[0][0])))
 
 
 # -----------------------------------------------------------------------------

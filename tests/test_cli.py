@@ -100,6 +100,9 @@ BAD_GENERATE = {  # arguments: what the line on stderr must name
     f"{GPT} --temperature 1 --top-k 1_0": "'1_0'",
     f"{GPT} --temperature 1 --top-p \uff11": "--top-p",
     f"{GPT} --temperature 1 --seed 1_0": "'1_0'",
+    f"{GPT} --repetition-penalty 0": "repetition_penalty=0.0",
+    f"{GPT} --repetition-penalty nan": "repetition_penalty=nan",
+    f"{GPT} --repetition-penalty=-inf": "repetition_penalty=-inf",
     f"{GPT} --temperature 1 --seed {2**64}": "at least 0 and less than 2**63",
     f"{GPT} --temperature 1 --top-k {2**64}": "at least 1 and less than 2**63",
     f"{GPT} --max-new-tokens 62": "block_size=64",
@@ -532,7 +535,8 @@ def published(tiny_bart, tmp_path):
 
 
 @pytest.mark.parametrize("lines", [
-    {"num_beams": 4, "length_penalty": 2.0}, {"num_beams": "four"}, {"num_beams": [4] * 1000}, {"repetition_penalty": 1.2},
+    {"num_beams": 4, "length_penalty": 2.0}, {"num_beams": "four"}, {"num_beams": [4] * 1000}, {"repetition_penalty": 0}, {"repetition_penalty": "x"},
+    {"repetition_penalty": -1.5}, {"encoder_repetition_penalty": 1.2},
     {"bad_words_ids": [[n] for n in range(1000)]}, {"min_length": -1}, {"max_length": 1.5}, {"no_repeat_ngram_size": "x"},
     {"forced_eos_token_id": [2]}, {"eos_token_id": [2, 500]}, {"eos_token_id": [500]},
     {"eos_token_id": "x"}, {"eos_token_id": -5}, {"eos_token_id": [-5]}, {"eos_token_id": ["x"]}, {"eos_token_id": []}, {"stop_strings": ["x"]}, {"typical_p": 0.9}, {"forced_bos_token_id": 10**6}, {"decoder_start_token_id": 10**6}], ids=str)
@@ -558,6 +562,8 @@ def test_lengths_and_forced_ids_are_honoured(published, tiny_bart):
     assert ids(forced_bos_token_id=letter)[0] == letter
     assert len(ids("--prompt", "a", min_length=8)) >= 7 > len(ids("--prompt", "a"))
     assert len(ids("--max-new-tokens", 2, max_length=9)) == 2
+    twice = "--prompt", "aabb", "--repetition-penalty"
+    assert ids(*twice[:2], repetition_penalty=9) == ids(*twice, 9) != ids(*twice, 1, repetition_penalty=9)
 
 
 @pytest.mark.parametrize("kind", ["gpt", "bart"])

@@ -217,7 +217,7 @@ LESSON = sorted(ROOT.glob("*.py"))
 FURTHER = sorted(ROOT.glob("further/*.py"))
 PLUMBING = sorted(ROOT.glob("plumbing/*.py"))
 SOURCE = LESSON + FURTHER + PLUMBING
-KNOWS = {"models": {"model"}, "weights": {"model"}, "patterns": {"attention", "sparse"},
+KNOWS = {"cli": {"sampling"}, "models": {"model"}, "weights": {"model"}, "patterns": {"attention", "sparse"},
          "attention_bench": {"attention", "cache", "model", "sparse"}}  # who builds, of plumbing/
 
 

@@ -154,7 +154,9 @@ STRATEGY = {"--strategy": ["naive", "hoisted", "cached"]}
 FLAGS = {
     "generate": SHARED | DECODER_PROMPT | STRATEGY | {
         "--temperature": ["0", "0.5", "1", "1e-9", "1e30", "1e300"], "--top-k": ["1", "3", "1000"], "--stats": None,
-        "--top-p": ["0", "0.5", "1"], "--min-p": ["0", "0.1", "1"], "--no-stream": None},
+        "--top-p": ["0", "0.5", "1"], "--min-p": ["0", "0.1", "1"], "--no-stream": None,
+        "--repetition-penalty": ["1", "1.3", "0.2", "1e-30", "1e18", "1e300"],
+        "--overflow": ["refuse", "slide", "slide"]},
     "compare": SHARED,
     "trace": SHARED | DECODER_PROMPT | STRATEGY,
     "report": SHARED | {"--output": ["page.html", "gpt.toml", "none/page.html", "empty"]},
@@ -256,8 +258,8 @@ VALUES = [None, True, False, 0, 1, -1, 2, 3, 7, 99, 1.5, -0.5, 1e-9, 1e308, 2**2
           [[1]], [None, None], {}, {"a": 1}, "F16", "I64", "BF16"]
 NAMES = [key for fields in (GPT_FIELDS, BART_FIELDS) for _, *theirs in fields.values() for key in theirs]
 NAMES += [*GPT_FIXED, *BART_FIXED, "model_type", "architectures", "files", "added_tokens", "normalizer", "__metadata__"]
-PUBLISHED = [*UNSUPPORTED, "num_beams", "max_length", "max_new_tokens", "min_length", "min_new_tokens", "eos_token_id",
-             "no_repeat_ngram_size", "forced_bos_token_id", "forced_eos_token_id", "decoder_start_token_id"]
+PUBLISHED = [*UNSUPPORTED, "repetition_penalty", "num_beams", "max_length", "max_new_tokens", "min_length", "min_new_tokens",
+             "eos_token_id", "no_repeat_ngram_size", "forced_bos_token_id", "forced_eos_token_id", "decoder_start_token_id"]
 PIECES = [b"", b"\xff", b"\0", b"9" * 30, b"-", b"[" * 100_000, b'"', b"\xef\xbb\xbf", b"\n", b" ", b"{}", b"1e999",
           b"\xed\xa0\x80"]
 

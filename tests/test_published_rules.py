@@ -20,16 +20,17 @@ transformers = pytest.importorskip("transformers")
 from test_weights import ids, theirs  # needs transformers as well
 
 CNN = {"num_beams": 4, "length_penalty": 2.0, "early_stopping": True, "min_length": 56, "max_length": 142,
-       "no_repeat_ngram_size": 3, "forced_bos_token_id": 0, "forced_eos_token_id": 2, "decoder_start_token_id": 2,
+       "no_repeat_ngram_size": 3, "repetition_penalty": 1.3, "forced_bos_token_id": 0, "forced_eos_token_id": 2, "decoder_start_token_id": 2,
        "bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2}
 
 
 def published(seed):
     """CNN's rules, in numbers that fit a tiny model; every second time some of them are missing."""
     draw = random.Random(seed)
-    rules = CNN | {"min_length": draw.randint(6, 18), "max_length": draw.randint(20, 34),
+    rules = CNN | {"min_length": draw.randint(6, 18), "max_length": draw.randint(20, 34), "repetition_penalty": draw.choice([0.8, 1.2, 1.7]),
                    "no_repeat_ngram_size": draw.choice([2, 3]), "forced_bos_token_id": draw.choice([0, 7])}
-    spared = draw.sample(["min_length", "no_repeat_ngram_size", "forced_bos_token_id", "forced_eos_token_id"], 2)
+    spared = draw.sample(["min_length", "no_repeat_ngram_size", "forced_bos_token_id", "forced_eos_token_id",
+                          "repetition_penalty"], 2)
     return {key: value for key, value in rules.items() if seed % 2 or key not in spared}
 
 
@@ -65,7 +66,7 @@ def test_greedy_decoding_by_published_rules_is_transformers_token_for_token(seed
 
 
 def test_in_these_models_every_rule_matters():
-    changed = {"min_length": 0, "no_repeat_ngram_size": 0, "forced_bos_token_id": None, "forced_eos_token_id": None}
+    changed = {"min_length": 0, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "forced_bos_token_id": None, "forced_eos_token_id": None}
     counts = dict.fromkeys(changed, 0)
     for seed in range(1, 20, 2):
         model = eager(seed)

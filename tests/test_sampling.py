@@ -27,11 +27,7 @@ def ruled(logits, texts, is_last=False, eos_id=None, **fields):
     """What the rules leave of logits (B, V)."""
     limits = [len(text) + 1 if is_last else 10**6 for text in texts]
     chooser = Chooser(Choice(**fields), "cpu", [] if eos_id is None else [eos_id], limits)
-    scores = logits.clone()
-    for row, text, limit in zip(scores, texts, limits):
-        for rule, value in chooser.rules:
-            rule(row, value, text, chooser.ends, limit)
-    return scores
+    return chooser.scores(logits, texts, range(len(texts)))
 
 
 def possible(row, **fields):
@@ -132,6 +128,22 @@ def test_no_sequence_occurs_twice_as_in_transformers(texts, n, seed):
     assert torch.equal(ours, NoRepeatNGramLogitsProcessor(n)(torch.tensor(texts), logits.clone()))
 
 
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(texts=st.lists(st.lists(st.integers(0, V - 1), min_size=1, max_size=9), min_size=1, max_size=4),
+       penalty=st.floats(0.05, 20.0), n=st.sampled_from([None, 1, 2, 3]), least=st.integers(0, 9),
+       seed=st.integers(0, 10**6))
+def test_rules_together_on_ragged_rows_are_transformers_on_each_row_alone(texts, penalty, n, least, seed):
+    from transformers import (LogitsProcessorList, MinLengthLogitsProcessor, NoRepeatNGramLogitsProcessor,
+                              RepetitionPenaltyLogitsProcessor)
+    logits = rows(seed, n=len(texts)).double()
+    processors = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(penalty),
+                                      *([NoRepeatNGramLogitsProcessor(n)] if n else []),
+                                      MinLengthLogitsProcessor(least, 2)])
+    ours = ruled(logits, texts, eos_id=2, repetition_penalty=penalty, no_repeat_ngram=n, min_length=least)
+    for text, row, own in zip(texts, logits, ours):
+        assert torch.equal(processors(torch.tensor([text]), row[None].clone())[0], own)
+
+
 @pytest.mark.parametrize("is_last", [False, True])
 @pytest.mark.parametrize("length", [1, 2, 3, 5])
 def test_lengths_and_forced_ids_as_in_transformers(length, is_last):
@@ -179,8 +191,8 @@ def test_a_rule_and_a_filter_are_one_entry_in_a_table_each(monkeypatch):
         banned: int | None = None
         coin: float | None = None
 
-    def banned(scores, id, row, ends, limit):
-        scores[id] = -torch.inf
+    def banned(scores, id, texts):
+        scores[:, id] = -torch.inf
 
     monkeypatch.setitem(sampling.RULES, "banned", banned)
     monkeypatch.setitem(sampling.FILTERS, "coin", lambda probs, least: probs > least)
@@ -227,6 +239,46 @@ def test_every_step_draws_anew():
     assert choose(torch.zeros(50, V), [[]] * 50, range(50)) != choose(torch.zeros(50, V), [[]] * 50, range(50))
 
 
+def test_a_row_draws_the_same_whoever_is_beside_it():
+    """Alone, in a batch in any order, and when others have left it: its number and the seed decide, nothing else."""
+    logits = rows(8, n=5).double()
+    for fields in ({}, {"top_k": 5}, {"top_p": 0.9}, {"min_p": 0.1}):
+        chooser = lambda: Chooser(Choice(temperature=1.0, seed=3, **fields))
+        together, drawn = chooser(), {r: [] for r in range(5)}
+        for step in range(40):
+            which = [r for r in range(5) if step < 8 * (r + 1)]  # the first leaves first
+            for r, ids in zip(which, together(logits[which], [[]] * len(which), which)):
+                drawn[r] += ids
+        backwards = chooser()
+        turned = [backwards(logits.flip(0), [[]] * 5, [4, 3, 2, 1, 0]) for _ in range(8)]
+        for r in range(5):
+            alone = chooser()
+            assert [alone(logits[r : r + 1], [[]], [r])[0][0] for _ in range(8 * (r + 1))] == drawn[r]
+            assert [step[4 - r][0] for step in turned] == drawn[r][:8]
+        other = Chooser(Choice(temperature=1.0, seed=3, **fields))
+        assert [other(logits[:1], [[]], [1])[0][0] for _ in range(8)] != drawn[0]  # another number
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_draws_of_one_row_follow_the_probabilities_and_those_of_two_are_independent(seed):
+    """Chi-square over the steps of a row, and over pairs of two rows; each bound is passed by chance once in 5,000."""
+    chooser, row, n = Chooser(Choice(temperature=1.0, seed=seed)), rows(20 + seed, n=1)[0][:4], 8_000
+    pairs = torch.tensor([[i for [i] in chooser(row.expand(2, -1), [[]] * 2, [0, 1])] for _ in range(n)])
+    probs = row.double().softmax(-1)
+    joint = n * (probs[:, None] * probs).flatten()
+    for count, expected, bound in ((torch.bincount(pairs[:, 0], minlength=4), n * probs, 19.7),
+                                   (torch.bincount(4 * pairs[:, 0] + pairs[:, 1], minlength=16), joint, 40.8)):
+        assert ((count - expected) ** 2 / expected).sum() < bound
+
+
+def test_what_is_impossible_is_not_drawn_at_the_ends_of_the_interval(monkeypatch):
+    logits = torch.tensor([[-math.inf, 1.0, 2.0, -math.inf]])
+    for number, expected in ((0.0, 2), (0.7, 2), (0.8, 1), (1 - 2**-53, None)):
+        monkeypatch.setattr(sampling, "Random", lambda seed: type("", (), {"random": lambda self: number})())
+        found = choose(logits, temperature=1.0, seed=0)
+        assert found == [expected] if expected else found[0] in (1, 2)
+
+
 def test_each_row_gets_its_own_logits():
     peaks = [4, 0, 12, 7, 7]
     logits = torch.nn.functional.one_hot(torch.tensor(peaks), V).float() * 100
@@ -266,7 +318,9 @@ def test_one_impossible_token_is_no_error():
 @pytest.mark.parametrize("fields", [
     dict(temperature=-1), dict(temperature=math.nan), dict(temperature=math.inf), dict(top_k=0), dict(top_k=-3),
     dict(top_p=1.5), dict(top_p=-0.1), dict(top_p=math.nan), dict(min_p=2), dict(min_p=math.nan), dict(seed=-1),
-    dict(seed=2**64), dict(n_vocab=0), dict(no_repeat_ngram=0), dict(min_length=-1)], ids=str)
+    dict(seed=2**64), dict(n_vocab=0), dict(no_repeat_ngram=0), dict(min_length=-1), dict(repetition_penalty=0.0),
+    dict(repetition_penalty=-1), dict(repetition_penalty=math.nan), dict(repetition_penalty=math.inf),
+    dict(repetition_penalty=None), dict(repetition_penalty=10**30)], ids=str)
 def test_what_makes_no_sense_is_refused_with_its_name_and_value(fields):
     (name, value), = fields.items()
     with pytest.raises(UserError, match=f"{name}={value}"):

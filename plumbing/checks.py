@@ -1,0 +1,46 @@
+"""What a request for texts may hold: refused here, before anything is computed."""
+
+from plumbing.errors import UserError
+
+
+def check_ids(what, rows, vocab_size, least=1):
+    """Raise UserError unless every row is a list of at least `least` ids of the vocabulary."""
+    for r, row in enumerate(rows):
+        if not isinstance(row, list | tuple):
+            raise UserError(f"{what} {r} is {row!r:.60}: it must be a list of ids (of a tensor, its tolist())")
+        if len(row) < least:
+            raise UserError(f"{what} {r} is empty: it needs at least {least} token")
+        for i in row:
+            if type(i) is not int or not 0 <= i < vocab_size:
+                raise UserError(f"{what} {r} has the id {i!r}: ids are integers from 0 to {vocab_size - 1}")
+
+
+def check_count(name, value):
+    if type(value) is not int or not 1 <= value < 2**31:
+        raise UserError(f"{name}={value!r:.60} must be a whole number, at least 1 and less than 2**31")
+
+
+def prepare(model, prompts, max_new_tokens, decoder_prompts, overflow="refuse"):
+    """Check a request and sort it into sources (None for a GPT) and the B rows that the decoder continues."""
+    prompts = list(prompts)  # a generator gives them once
+    config, sources, rows = model.config, None, prompts
+    check_ids("prompt", prompts, config.vocab_size)
+    if config.is_encoder_decoder:
+        sources, longest = prompts, max(map(len, prompts), default=0)
+        if longest > config.block_size:
+            raise UserError(f"a source of {longest} tokens does not fit block_size={config.block_size}: shorten it")
+        starts = [[]] * len(prompts) if decoder_prompts is None else list(decoder_prompts)
+        check_ids("decoder prompt", starts, config.vocab_size, least=0)
+        rows = [[config.start_id, *start] for start in starts]
+    elif decoder_prompts is not None:
+        raise UserError("decoder_prompts are for an encoder-decoder: a GPT continues its prompts themselves")
+    if len(rows) != len(prompts):
+        raise UserError(f"{len(rows)} decoder prompts for {len(prompts)} sources: give one for each")
+    check_count("max_new_tokens", max_new_tokens)
+    if overflow not in ("refuse", "slide"):
+        raise UserError(f"overflow={overflow!r:.60} must be 'refuse' or 'slide'")
+    longest = max(map(len, rows), default=0)
+    if overflow == "refuse" and longest + max_new_tokens > config.block_size:
+        raise UserError(f"{longest} tokens and max_new_tokens={max_new_tokens} do not fit block_size="
+                        f"{config.block_size}: shorten the prompt, ask for fewer, or let it slide (--overflow slide)")
+    return sources, rows
