@@ -213,7 +213,17 @@ def prepare(model, prompts, max_new_tokens, decoder_prompts):
     return sources, rows
 
 
-def stream(model, prompts, max_new_tokens, *, strategy="cached", decoder_prompts=None, ignore_eos=False, **choice):
+def ends_with(stop, vocab_size):
+    """Of a row's new ids: whether they end with one of these sequences. What is such a function is itself."""
+    if callable(stop):
+        return stop
+    stop = list(stop)
+    check_ids("stop", stop, vocab_size)
+    return lambda new: any(new[-len(ids) :] == list(ids) for ids in stop)
+
+
+def stream(model, prompts, max_new_tokens, *, strategy="cached", decoder_prompts=None, ignore_eos=False, stop=(),
+           **choice):
     """
     generate(), one step at a time: an iterator of B lists of new ids, empty for a row that has ended. Whatever is wrong
     with the request is found out here, before anything is computed.
@@ -223,23 +233,28 @@ def stream(model, prompts, max_new_tokens, *, strategy="cached", decoder_prompts
     ends = [] if ignore_eos else model.config.end_ids
     forced = [choice[key] for key in ("forced_first", "forced_last") if choice.get(key) is not None]
     check_ids("the list of forced ids", [forced], choice.get("n_vocab") or model.config.vocab_size, least=0)
-    limits = [len(row) + max_new_tokens for row in rows]
+    starts, stopped = list(map(len, rows)), ends_with(stop, model.config.vocab_size)
+    limits = [start + max_new_tokens for start in starts]
     choose = Chooser(Choice(**choice), model.wte.weight.device, ends, limits)
     if not rows:
         return iter(())
     step = make(model, sources, len(rows), max(limits), choose)
-    return loop(step, rows, limits, lambda r, row: row[-1] in ends)
+    return loop(step, rows, limits, lambda r, row: row[-1] in ends or stopped(row[starts[r] :]))
 
 
-def generate(model, prompts, max_new_tokens, *, strategy="cached", decoder_prompts=None, ignore_eos=False, **choice):
+def generate(model, prompts, max_new_tokens, *, strategy="cached", decoder_prompts=None, ignore_eos=False, stop=(),
+             **choice):
     """
-    The new ids of each row: a list of B lists, each up to and including the row's end-of-sequence id, no padding.
+    The new ids of each row: a list of B lists, each up to and including the row's end-of-sequence id, or the stop that
+    ended it, no padding.
 
     prompts: B lists of ids, of any lengths: texts to continue for GPT, sources for BART (whose decoder starts from
     config.start_id, then the row of decoder_prompts, if given). They must fit: prompt + max_new_tokens <= block_size,
     and for BART source <= block_size and 1 + decoder prompt + max_new_tokens <= block_size. strategy: see the top of
-    this file; all give the same tokens; one of your own will do as well, see find_strategy(). ignore_eos: go on to
-    max_new_tokens in every row. The rest are fields of Choice: temperature=0.0 (greedy), top_k, top_p, min_p, seed and
+    this file; all give the same tokens; one of your own will do as well, see find_strategy(). ignore_eos: an end of
+    sequence ends no row. stop: sequences of ids; a row ends as soon as its new ids end with one, which may not begin in
+    its prompt; or a function of a row's new ids that says whether they are complete, as plumbing.tokenizers.Stops is one
+    for texts. The rest are fields of Choice: temperature=0.0 (greedy), top_k, top_p, min_p, seed and
     so on.
 
     The model may be in train mode and in use elsewhere, in other threads too: nothing of a decoding is kept on it, and
@@ -248,7 +263,7 @@ def generate(model, prompts, max_new_tokens, *, strategy="cached", decoder_promp
     """
     rows = []
     for found in stream(model, prompts, max_new_tokens, strategy=strategy, decoder_prompts=decoder_prompts,
-                        ignore_eos=ignore_eos, **choice):
+                        ignore_eos=ignore_eos, stop=stop, **choice):
         rows = rows or [[] for _ in found]
         for row, ids in zip(rows, found):
             row += ids
@@ -275,9 +290,9 @@ def write_text(request):
         say("".join(map(decoder.push, found[0])))
     say(decoder.flush() + "\n")
     for n, row in enumerate([] if live else rows):
-        text = request.tokenizer.decode(row)
+        text, ids = request.said(row)
         plain = ("---\n" if n else "") + request.shown + text
-        print(json.dumps({"prompt": request.prompt, "text": text, "ids": row}) if request.json else plain)
+        print(json.dumps({"prompt": request.prompt, "text": text, "ids": ids}) if request.json else plain)
     return rows, seconds
 
 
@@ -294,9 +309,14 @@ def show_stats(request, rows, seconds):
           f"{1e3 * sum(later) / len(later):.2f} ms per step after it{kept}", file=sys.stderr)
 
 
+FURTHER = {"chat": "further.session"}  # a technique and its module
+
+
 def main(args=None):
     from plumbing import cli  # here: who imports the loop needs no command line
     request = cli.read(cli.parse(__doc__, args))
+    if request.technique:
+        return import_module(FURTHER[request.technique]).command(request)
     rows, seconds = write_text(request)
     if request.stats:
         show_stats(request, rows, seconds)
