@@ -245,17 +245,16 @@ def stream(model, prompts, max_new_tokens, *, strategy="cached", decoder_prompts
 def generate(model, prompts, max_new_tokens, *, strategy="cached", decoder_prompts=None, ignore_eos=False, stop=(),
              **choice):
     """
-    The new ids of each row: a list of B lists, each up to and including the row's end-of-sequence id, or the stop that
-    ended it, no padding.
+    The new ids of each row: a list of B lists, each up to and including its end-of-sequence id, or the stop that ended
+    it, no padding.
 
     prompts: B lists of ids, of any lengths: texts to continue for GPT, sources for BART (whose decoder starts from
     config.start_id, then the row of decoder_prompts, if given). They must fit: prompt + max_new_tokens <= block_size,
     and for BART source <= block_size and 1 + decoder prompt + max_new_tokens <= block_size. strategy: see the top of
     this file; all give the same tokens; one of your own will do as well, see find_strategy(). ignore_eos: an end of
-    sequence ends no row. stop: sequences of ids; a row ends as soon as its new ids end with one, which may not begin in
-    its prompt; or a function of a row's new ids that says whether they are complete, as plumbing.tokenizers.Stops is one
-    for texts. The rest are fields of Choice: temperature=0.0 (greedy), top_k, top_p, min_p, seed and
-    so on.
+    sequence ends no row. stop: sequences of ids, one of which ends a row when it stands at the end of its new ids; or a
+    function of these that says whether they are complete, as plumbing.tokenizers.Stops is for texts. The rest are
+    fields of Choice: temperature=0.0 (greedy), top_k, top_p, min_p, seed and so on.
 
     The model may be in train mode and in use elsewhere, in other threads too: nothing of a decoding is kept on it, and
     there is no dropout where no gradients are recorded. Raises UserError (a ValueError) if the request is not possible,

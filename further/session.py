@@ -9,10 +9,10 @@ A conversation: one text that two sides append to, over one live cache, so that 
     other = session.fork()                         # from here on each goes its own way
     session.become(tokenizer.encode("The if not"))   # a changed past: what begins alike stays stored
 
-The ids are the truth, and the cache holds a beginning of them. Behind it lie what was appended, and the last id of the
-answer before: it was chosen, and nobody has asked what comes after it. A stop may cut a token in two: the token goes,
-and the part of its bytes that stands before the stop is encoded again, together with what is appended. So a turn of n
-tokens lets n positions enter the model, and that one id.
+The ids are the truth, and the cache holds a beginning of them. Behind it lie the last id of the answer before, which
+was chosen, and nobody has asked what comes after it, and what was appended. A stop may cut a token in two: the token
+goes, and what it says before the stop is encoded again, with what is appended. So a turn of n tokens lets n positions
+enter the model, or n + 1. Where a pattern has evicted what a changed past must see, all enter once more.
 """
 
 import copy
@@ -30,22 +30,22 @@ MAX_LINE = 2**24  # bytes: no context is as long
 
 class Session:
     """
-    ids: what was said, of at most `length` tokens, None for block_size. tail: bytes behind them that a stop left of a
-    token. Raises UserError on a BART, which reads its source once and at once: a changed source is another memory.
+    ids: what was said, at most `length` tokens (None: block_size). tail: bytes behind them that a stop left of a token.
+    Raises UserError on a BART, and on a length that its model has not.
 
-    An answer is read to its end, or left alone for good, before anything else is said; what it has chosen until then
-    stays. Each text is encoded by itself, so that the ids before it stay as they are.
+    An answer is read to its end, or left alone for good, before anything else is said: what it has chosen stays. Each
+    text is encoded by itself, so that the ids before it stay as they are.
     """
 
     def __init__(self, model, tokenizer, length=None):
         limit = model.config.block_size
+        self.length = limit if length is None else length
         if model.config.is_encoder_decoder:
-            raise UserError("a conversation is one text that grows, and a BART reads a source that does not: use a GPT, "
-                            "or generate() for each source")
-        if length is not None and (type(length) is not int or not 1 <= length <= limit):
-            raise UserError(f"length={length!r:.60} must be a whole number from 1 to block_size={limit}")
-        self.model, self.tokenizer, self.length = model, tokenizer, length or limit
-        self.cache, self.ids, self.tail = model.new_cache(1, self.length), [], b""
+            raise UserError("a conversation is a text that grows, and a BART reads a source that does not: use a GPT")
+        if not 1 <= self.length <= limit:
+            raise UserError(f"length={length} must be from 1 to block_size={limit}")
+        self.model, self.tokenizer, self.cache = model, tokenizer, model.new_cache(1, self.length)
+        self.ids, self.tail = [], b""
 
     @property
     def text(self):
@@ -60,7 +60,7 @@ class Session:
         """
         An iterator of pieces of text that join to an answer, each as soon as it can be part of no stop: at most
         max_new_tokens, or what fits. choice: ignore_eos, and fields of Choice. Raises UserError, before anything is
-        computed, where nothing fits, nothing was said, or the request makes no sense.
+        computed, where nothing fits, or was said, or the request makes no sense.
         """
         room = self.length - len(self.ids)
         if room < 1:
@@ -85,7 +85,7 @@ class Session:
     def rewind(self, n):
         """Forget all ids but the first n. Raises UserError if there are fewer."""
         if not 0 <= n <= len(self.ids):
-            raise UserError(f"cannot rewind to {n}: this conversation has {len(self.ids)} tokens, choose from 0 to that")
+            raise UserError(f"cannot rewind to {n}: choose from 0 to {len(self.ids)}, the tokens of this conversation")
         self.keep(n)
         self.ids, self.tail = self.ids[:n], b""
 
@@ -102,35 +102,31 @@ class Session:
         return other
 
     def keep(self, n):
-        """Keep at most n positions stored. Where a pattern has evicted what the next one sees, all enter once more."""
+        """Keep at most n positions stored."""
         try:
             self.cache.rewind(max(0, min(n, *self.cache.filled)))
-        except ValueError:
+        except ValueError:  # what position n sees has been evicted
             self.cache.rewind(0)
 
 
-def lines():
-    """The lines of standard input, each with its end; a person is asked for them."""
-    while True:
-        if sys.stdin.isatty():
-            print("> ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.buffer.readline(MAX_LINE)
-        if not line:
-            return
-        yield decode("standard input", line.removesuffix(b"\n")) + "\n"
+def ask():
+    """The next line of standard input, in bytes: none at its end. A person is asked for it."""
+    if sys.stdin.isatty():
+        print("> ", end="", file=sys.stderr, flush=True)
+    return sys.stdin.buffer.readline(MAX_LINE)
 
 
 def command(request):
-    """generate.py --chat: every line is answered. The model reads what one sees: a line end stands behind each answer."""
+    """generate.py --chat: answer every line. The model reads what one sees: a line end stands behind each answer."""
     if sys.stdin is None:
         raise UserError("standard input is closed: --chat reads from it what is said")
     session, say = Session(request.model, request.tokenizer), partial(print, end="", flush=True)
     choice = {key: value for key, value in request.options.items() if key not in ("strategy", "stop")}
-    stream(request.model, [request.ids or [0]], request.max_new_tokens, **request.options)  # refuses before a line is read
+    stream(request.model, [request.ids or [0]], request.max_new_tokens, **request.options)  # before a line is read
     session.become(request.ids)
     say(request.shown)
-    for line in lines():
-        session.append(line)
+    for line in iter(ask, b""):
+        session.append(decode("standard input", line.removesuffix(b"\n")) + "\n")
         with count(session.model) as cost:
             pieces = session.answer(request.max_new_tokens, request.stops, **choice)
             for piece in pieces if request.live else ["".join(pieces)]:

@@ -134,8 +134,8 @@ def check(args):
 
 def check_chat(args, given):
     if given not in CHATS or args.prompt_file == "-":
-        raise UserError(f"--chat with {' and '.join(given) or 'nothing'}: give --model DIR_OR_NAME, and if it is to begin "
-                        f"with a text, --prompt TEXT or --prompt-file PATH; - is what is said")
+        raise UserError(f"--chat with {' and '.join(given) or 'nothing'}: give --model DIR_OR_NAME, and what it begins "
+                        f"with, if anything, as --prompt TEXT or --prompt-file PATH; standard input is what is said")
     for flag, value, only in (("--num-samples", args.num_samples, 1), ("--strategy", args.strategy, "cached"),
                               ("--json", args.json, False), ("--decoder-prompt", args.decoder_prompt, None)):
         if value != only:
@@ -150,7 +150,7 @@ def read(args):
     if not args.chat or args.prompt is not None or args.prompt_file is not None:
         prompt, ids = read_prompt(args, model, tokenizer)
     begun = read_decoder_prompt(args, model, tokenizer)
-    start = model.config.starts(len(ids)) + len(begun)
+    start = max(1, model.config.starts(len(ids)) + len(begun))  # a chat has a token before it is answered
     max_new_tokens, rules = publishers_rules(args, model, tokenizer, published, start)
     # what an untrained model calls the end means nothing
     options = {"ignore_eos": args.ignore_eos or args.random is not None, **rules}

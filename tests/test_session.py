@@ -4,7 +4,7 @@ import os
 import random
 import re
 import signal
-import sys
+from itertools import islice
 
 import pytest
 import torch
@@ -221,3 +221,267 @@ def test_stop_strings_of_the_publishers_are_honoured_unless_no_end_counts(publis
 def test_a_stop_that_is_empty_or_no_text_is_refused(tiny_gpt, stop, words):
     refused = written(tiny_gpt, "--stop", stop)
     assert (refused.code, refused.out, refused.err.count("\n")) == (2, "", 1) and words in refused.err
+
+
+# -----------------------------------------------------------------------------
+# Conversations
+
+
+def small(seed, tokenizer, **sizes):
+    torch.manual_seed(seed)
+    sizes = dict(n_layer=2, n_head=2, n_embd=8, block_size=60, vocab_size=tokenizer.n_vocab, eos_id=tokenizer.eos_id) | sizes
+    return rough(GPT(GPTConfig(**sizes)))
+
+
+class Dialogue:
+    """
+    Sessions at random, which are forks of each other, on one model. Beside each stands what it should hold: its ids, and
+    how many of them have entered and were not taken back. What enters is seen by hooks, and counted by cost.count.
+    """
+
+    def __init__(self, seed, **sizes):
+        self.rng = rng = random.Random(seed)
+        kind = rng.choice(["byte", "bpe", "char"])
+        text = "".join(rng.choice("abc é😀\n日") for _ in range(200))
+        self.tokenizer = train_tokenizer(kind, text + "abc é😀\n日", 257 + rng.randint(1, 40))
+        self.evicts = "pattern" in sizes
+        self.model = small(seed, self.tokenizer, n_layer=rng.randint(1, 2), n_kv_head=rng.choice([1, 2]),
+                           block_size=rng.randint(30, 90), tie_weights=False, **sizes)
+        self.model.lm_head.weight.data[256:] *= 8  # it likes tokens of several bytes
+        length = rng.choice([None, self.model.config.block_size - 5])
+        self.sessions = [[Session(self.model, self.tokenizer, length), [], 0]]  # with its ids, and how many are stored
+        self.worst, self.compared, self.cut, self.tails, self.afresh, self.kept, self.refused = 0.0, 0, 0, 0, 0, 0, 0
+
+    def text(self, most):
+        return "".join(self.rng.choice("abc é😀\n日") for _ in range(self.rng.randint(0, most)))
+
+    def append(self, one):
+        session, text = one[0], self.text(6)
+        one[1] = one[1] + self.tokenizer.encode_plain(session.tail.decode(errors="replace") + text)
+        session.append(text)
+
+    def ask(self, session):
+        """An answer's iterator, and the stops of it: often a part of what would be said without."""
+        rng, most = self.rng, self.rng.randint(1, 9)
+        choice = dict(temperature=rng.choice([0.0, 1.5]), seed=rng.randrange(100), ignore_eos=rng.random() < 0.5,
+                      n_vocab=rng.choice([None, min(94, self.tokenizer.n_vocab)]))
+        twin = session.fork()
+        said = "".join(twin.answer(most, **choice))
+        at = rng.randrange(len(said) or 1)
+        inside = [self.tokenizer.decode([i])[1:3] for i in twin.ids[len(session.ids) :]]  # all but a token's first character
+        stops = ["never", rng.choice(inside) or said[at : at + rng.randint(1, 2)]] if rng.random() < 0.6 else []
+        stops = [stop for stop in stops if stop and "\ufffd" not in stop]
+        return session.answer(most, stops, **choice), stops
+
+    def answer(self, one):
+        session, before, stored = one
+        if not 0 < len(before) < session.length:
+            with pytest.raises(UserError, match="fill" if before else "empty"):
+                session.answer(3)
+            self.refused += 1
+            return
+        pieces, stops = self.ask(session)
+        left = self.rng.random() < 0.15  # or it is not read to its end
+        entered, logits = [], []
+        handles = [self.model.wte.register_forward_pre_hook(lambda _, args: entered.extend(args[0][0].tolist())),
+                   self.model.lm_head.register_forward_hook(lambda _, args, out: logits.append(out[0, 0]))]
+        with count(self.model) as cost, hooks(handles):
+            said = "".join(islice(pieces, 2 if left else None))
+        first = len(entered) - (cost.steps - 1)  # positions of the first pass
+        assert cost.decoder_tokens == len(entered)
+        assert first == max(len(before) - stored, 1) or self.evicts and first == len(before)
+        whole, new = before[: len(before) - first] + entered, session.ids[len(before) :]
+        assert whole[: len(before)] == before == session.ids[: len(before)]
+        assert new[: cost.steps - 1] == whole[len(before) :][: len(new)]
+        with torch.no_grad():
+            true = self.model(torch.tensor([whole]))[0, len(before) - 1 :]
+        self.worst = max(self.worst, (torch.stack(logits) - true).abs().max().item())
+        self.compared += len(logits)
+        self.cut, self.tails = self.cut + (len(new) < cost.steps), self.tails + (session.tail != b"")
+        data = b"".join(map(self.tokenizer.token_bytes, new)) + session.tail
+        assert left or data.decode(errors="replace") == said and not any(stop in said for stop in stops)
+        one[1], one[2] = session.ids[:], min(len(session.ids), len(whole))
+        if len(session.ids) < len(whole) and self.evicts:
+            one[2] = session.cache.filled[0]
+
+    def keep(self, one, n):
+        """What is left of n ids; where a pattern evicts it may be nothing."""
+        session, ids, stored = one
+        if n < stored:
+            left = session.cache.filled[0]
+            assert left == n or self.evicts and left == 0
+            self.afresh, self.kept = self.afresh + (left == 0 < n), self.kept + (left > 0)
+            stored = left
+        one[1], one[2] = ids[:n], stored
+
+    def rewind(self, one):
+        n = self.rng.randint(len(one[1]) // 2, len(one[1]))
+        one[0].rewind(n)
+        self.keep(one, n)
+
+    def become(self, one):
+        n = self.rng.randint(len(one[1]) // 2, len(one[1]))
+        other = one[1][:n] + self.tokenizer.encode_plain(self.text(4))
+        one[0].become(other)
+        self.keep(one, next((i for i, (a, b) in enumerate(zip(other, one[1])) if a != b), min(len(other), len(one[1]))))
+        one[1] = other
+
+    def fork(self, one):
+        twin = one[0].fork()
+        self.sessions.append([twin, list(one[1]), one[2]])
+        del self.sessions[:-3]
+
+    def run(self, n):
+        for operation in self.rng.choices(["append", "append", "answer", "answer", "answer", "rewind", "fork", "become"], k=n):
+            getattr(self, operation)(one := self.rng.choice(self.sessions))
+            for session, ids, stored in self.sessions:  # the others as well
+                assert session.ids == ids and min(session.cache.filled[0], len(ids)) == stored
+            one[0].text
+        for one in self.sessions:
+            self.append(one)
+            self.answer(one)
+        return self
+
+
+CASES = int(os.environ.get("MINDECODE_CASES", 40))
+
+
+def test_in_random_dialogues_each_turn_computes_its_own_and_forks_do_not_see_each_other():
+    """MINDECODE_CASES=1000 for a long run."""
+    done = [Dialogue(seed).run(25) for seed in range(CASES)]
+    assert max(one.worst for one in done) <= 1e-10
+    assert sum(one.compared for one in done) > 20 * CASES and sum(one.cut for one in done) > CASES
+    assert sum(one.refused for one in done) > CASES / 4 and sum(one.tails for one in done) > CASES / 4
+
+
+@pytest.mark.parametrize("pattern", ["local:8", "sinks:2,4", "fixed:4,1"])
+def test_where_a_pattern_has_evicted_what_is_needed_a_conversation_starts_afresh(pattern):
+    done = [Dialogue(seed, pattern=pattern).run(25) for seed in range(CASES // 4)]
+    assert max(one.worst for one in done) <= 1e-10
+    assert sum(one.afresh for one in done) > 2 and sum(one.kept for one in done) > 2
+
+
+def test_an_answer_is_what_generate_says_to_the_same_ids():
+    tokenizer = TOKENIZERS["bpe"]
+    model = small(5, tokenizer)
+    session = Session(model, tokenizer)
+    session.append("né ")
+    begun = list(session.ids)
+    for choice in ({}, dict(temperature=1.0, seed=4, top_k=9), dict(ignore_eos=True)):
+        [row] = generate.generate(model, [begun], 20, **choice)
+        session.become(begun)
+        assert "".join(session.answer(20, **choice)) == tokenizer.decode(row)
+        assert session.ids == begun + row and session.text == "né " + tokenizer.decode(row)
+
+
+def test_an_answer_that_failed_may_be_asked_for_again():
+    tokenizer = TOKENIZERS["byte"]
+    model = small(1, tokenizer)
+    session, other = Session(model, tokenizer), Session(model, tokenizer)
+    for one in (session, other):
+        one.append("abc")
+        next(one.answer(5))
+    handle = model.ln_f.register_forward_hook(lambda module, args, out: out * torch.nan)
+    with pytest.raises(NonFiniteError):
+        next(session.answer(5))
+    handle.remove()
+    assert session.ids == other.ids
+    assert "".join(session.answer(9)) == "".join(other.answer(9)) and session.ids == other.ids
+
+
+@pytest.mark.parametrize("make, words", [
+    (lambda s: s.answer(0), "max_new_tokens=0"), (lambda s: s.answer(3, temperature=-1), "temperature=-1"),
+    (lambda s: s.answer(3, [""]), "stop ''"), (lambda s: s.rewind(-1), "cannot rewind to -1"),
+    (lambda s: s.rewind(4), "rewind to 4: choose from 0 to 3"), (lambda s: s.become([1, 999]) or s.answer(1), "id 999"),
+    (lambda s: s.become([1] * 60) or s.answer(1), "60 tokens fill the 60 .*become"),
+    (lambda s: Session(s.model, s.tokenizer, 61), "length=61 .*block_size=60"), (lambda s: Session(s.model, s.tokenizer, 0), "length=0"),
+    (lambda s: Session(BART(BARTConfig(n_encoder_layer=1, n_decoder_layer=1, n_head=1, n_embd=4, vocab_size=9)), None), "a BART reads")])
+def test_what_a_conversation_refuses_is_refused_before_anything_is_computed(make, words):
+    session = Session(small(1, TOKENIZERS["byte"]), TOKENIZERS["byte"])
+    session.append("abc")
+    with count(session.model) as cost, pytest.raises(UserError, match=words):
+        make(session)
+    assert cost.steps == 0
+
+
+def test_a_conversation_may_fill_its_context_and_goes_on_after_a_rewind():
+    session = Session(small(1, TOKENIZERS["byte"]), TOKENIZERS["byte"], length=12)
+    session.append("abc")
+    "".join(session.answer(100, ignore_eos=True))
+    assert len(session.ids) == 12
+    with pytest.raises(UserError, match="12 tokens fill the 12"):
+        session.answer(1)
+    session.rewind(10)
+    "".join(session.answer(100, ignore_eos=True))
+    assert len(session.ids) == 12
+
+
+# -----------------------------------------------------------------------------
+# --chat
+
+
+def chat(tiny, said, *args):
+    return call(generate.main, "--model", tiny.path, "--chat", *args, stdin=said.encode())
+
+
+def test_every_line_is_answered_and_enters_once(tiny_gpt):
+    said = "the\ncat é\n\nlast, without an end"
+    outcome = chat(tiny_gpt, said, "--max-new-tokens", 7, "--stop", "\n", "--stats")
+    session, expected = Session(tiny_gpt.model, tiny_gpt.tokenizer), ""
+    for line in said.split("\n"):
+        session.append(line + "\n")
+        expected += "".join(session.answer(7, ["\n"])) + "\n"
+        session.append("\n")
+    assert (outcome.code, outcome.out) == (0, expected)
+    told = [list(map(int, re.findall(r"\d+", line))) for line in outcome.err.splitlines()]
+    assert len(told) == 4 and told[-1][2:] == [len(session.ids), 64]
+    for before, (entered, new, taken, _), line in zip([[0] * 4, *told], told, said.split("\n")):
+        own = len(line.encode()) + 1 + (before[2] > 0)  # its line end, and that behind the answer before
+        assert own <= entered - (new - 1) <= own + 1  # and an answer's last id, if no stop took it away
+    assert chat(tiny_gpt, said, "--max-new-tokens", 7, "--stop", "\n", "--no-stream").out == expected
+
+
+def test_a_chat_may_begin_with_a_text_and_draws_by_its_seed(tiny_gpt):
+    args = "--prompt", "the dog said: ", "--max-new-tokens", 9, "--temperature", 1, "--seed", 3
+    outcome = chat(tiny_gpt, "ran\n", *args)
+    text = call(generate.main, "--model", tiny_gpt.path, "--prompt", "the dog said: ran\n", *args[2:])
+    assert outcome.out == text.out.replace("ran\n", "") and outcome.code == 0
+    assert chat(tiny_gpt, "", *args).out == "the dog said: " and chat(tiny_gpt, "").out == ""
+
+
+def test_a_full_context_is_refused_by_name(tiny_gpt):
+    outcome = chat(tiny_gpt, "the\n" + 60 * "x" + "\n", "--max-new-tokens", 5)
+    assert (outcome.code, outcome.err.count("\n")) == (2, 1) and re.search(r"\d+ tokens fill the 64 .*begin", outcome.err)
+    assert outcome.out.endswith("\n")  # the first line was answered
+
+
+@pytest.mark.parametrize("args, words", [
+    ("-", "-"), ("--prompt-file -", "--prompt-file"), ("--num-samples 2 --temperature 1", "--num-samples 2"), ("--json", "--json"),
+    ("--strategy naive", "--strategy naive"), ("--decoder-prompt a", "--decoder-prompt"), ("--max-new-tokens 0", "max_new_tokens=0"),
+    ("--max-new-tokens 99", "max_new_tokens=99"), ("--temperature -1", "temperature=-1"), ("--top-k 3", "--top-k"),
+    ("--prompt=", "empty"), (f"--prompt {'x' * 64}", "block_size=64"), ("--stop=", "--stop"), ("--beams 2", "--beams")])
+def test_a_chat_that_makes_no_sense_is_refused_before_a_line_is_read(tiny_gpt, args, words):
+    outcome = chat(tiny_gpt, "the\n", *args.split())
+    assert (outcome.code, outcome.out, outcome.err.count("\n")) == (2, "", 1) and words in outcome.err, outcome
+
+
+def test_what_cannot_be_chatted_with_is_refused(tiny_gpt, tiny_bart):
+    outcome = chat(tiny_bart, "abc\n")
+    assert (outcome.code, outcome.out) == (2, "") and "a BART reads" in outcome.err
+    outcome = call(generate.main, "--model", tiny_gpt.path, "--chat", stdin=b"the\ncaf\xe9\n")
+    assert outcome.code == 2 and "offset 3" in outcome.err
+    closed = finish(shell("generate.py", "--model", tiny_gpt.path, "--chat", "--prompt", "the", preexec_fn=lambda: os.close(0)))
+    assert (closed.code, closed.out) == (2, "") and "standard input" in closed.err
+
+
+def test_a_person_is_asked_for_lines_and_may_leave_with_control_c(tiny_gpt):
+    here, there = os.openpty()
+    process = shell("generate.py", "--model", tiny_gpt.path, "--chat", "--max-new-tokens", 3, stdin=there)
+    os.close(there)
+    assert process.stderr.read(2) == b"> "
+    os.write(here, b"the\n")
+    assert process.stdout.read(3) and process.stderr.read(2) == b"> "  # it is answered, and the next may be said
+    process.send_signal(signal.SIGINT)
+    outcome = finish(process)
+    os.close(here)
+    assert (outcome.code, outcome.err) == (130, "interrupted\n")
