@@ -12,6 +12,7 @@ from conftest import call, finish, shell
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import bench
 import generate
 from cost import count, hooks
 from further.session import Session
@@ -195,9 +196,9 @@ def published(tiny_gpt, tmp_path):
         if file.name != "manifest.json":
             (tmp_path / file.name).write_bytes(file.read_bytes())
 
-    def outcome(*args, **lines):
+    def outcome(*args, write=written, **lines):
         (tmp_path / "generation_config.json").write_text(generate.json.dumps(lines))
-        return written(tiny_gpt._replace(path=tmp_path), *args)
+        return write(tiny_gpt._replace(path=tmp_path), *args)
 
     return outcome
 
@@ -215,6 +216,13 @@ def test_stop_strings_of_the_publishers_are_honoured_unless_no_end_counts(publis
     for wrong in ([""], 5, [5], {"a": 1}, ["\ud83d"], True, [["a"]]):
         refused = published(stop_strings=wrong)
         assert (refused.code, refused.out, refused.err.count("\n")) == (2, "", 1) and "stop_strings" in refused.err, refused
+
+
+def test_what_is_measured_ends_where_the_publishers_say(published):
+    compare = lambda tiny: call(bench.main, "compare", "--model", tiny.path, "--prompt", "the", "--max-new-tokens", 30, "--json")
+    new = published().out[3:-1]
+    result = generate.json.loads(published(write=compare, stop_strings=new[4:6]).out)
+    assert result["M"] == len((new.partition(new[4:6])[0] + new[4:6]).encode()) and not result["bug"]
 
 
 @pytest.mark.parametrize("stop, words", [("", "--stop: the stop ''"), ("caf\udce9", "--stop is not UTF-8")])
