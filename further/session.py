@@ -6,8 +6,8 @@ A conversation: one text that two sides append to, over one live cache, so that 
     session = Session(model, tokenizer)
     session.append("The if statement")
     for piece in session.answer(100, stops=["\\n"]): print(piece, end="")
-    other = session.fork()                         # from here on each goes its own way
-    session.become(tokenizer.encode("The if not"))   # a changed past: what begins alike stays stored
+    other = session.fork()                          # from here on each goes its own way
+    session.become(tokenizer.encode("The if not"))  # a changed past: what begins alike stays stored
 
 The ids are the truth, and the cache holds a beginning of them. Behind it lie the last id of the answer before, which
 was chosen, and nobody has asked what comes after it, and what was appended. A stop may cut a token in two: the token
