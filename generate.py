@@ -228,8 +228,17 @@ def loop(step, rows, limits, ended):
         yield found
 
 
+def ends_with(stop, vocab_size):
+    """Of a row's new ids: whether they end with one of these sequences. What is such a function is itself."""
+    if callable(stop):
+        return stop
+    stop = list(stop)
+    check_ids("stop", stop, vocab_size)
+    return lambda new: any(new[-len(ids) :] == list(ids) for ids in stop)
+
+
 def stream(model, prompts, max_new_tokens, *, strategy="cached", decoder_prompts=None, ignore_eos=False, num_samples=1,
-           overflow="refuse", **choice):
+           stop=(), overflow="refuse", **choice):
     """
     generate(), one step at a time: an iterator of B * num_samples lists of new ids, empty for a row that has ended.
     Whatever is wrong with the request is found out here, before anything is computed.
@@ -241,26 +250,29 @@ def stream(model, prompts, max_new_tokens, *, strategy="cached", decoder_prompts
     forced = [choice[key] for key in ("forced_first", "forced_last") if choice.get(key) is not None]
     check_ids("the list of forced ids", [forced], choice.get("n_vocab") or model.config.vocab_size, least=0)
     B, rows = len(rows), [row for row in rows for _ in range(num_samples)]
-    limits = [len(row) + max_new_tokens for row in rows]
+    starts, stopped = list(map(len, rows)), ends_with(stop, model.config.vocab_size)
+    limits = [start + max_new_tokens for start in starts]
     choose = Chooser(Choice(**choice), model.wte.weight.device, ends, limits)
     if not rows:
         return iter(())
     step = make(model, sources, B, min(max(limits), model.config.block_size), choose)
-    return loop(step, rows, limits, lambda r, row: row[-1] in ends)
+    return loop(step, rows, limits, lambda r, row: row[-1] in ends or stopped(row[starts[r] :]))
 
 
 def generate(model, prompts, max_new_tokens, **options):
     """
     The new ids of each row: B * num_samples lists, those of one prompt side by side, each up to and including the row's
-    end-of-sequence id, no padding.
+    end-of-sequence id, or the stop that ended it, no padding.
 
     prompts: B lists of ids, of any lengths: texts to continue for GPT, sources for BART (whose decoder starts from
     config.start_id, then the row of decoder_prompts, if given). A source must fit block_size; so must prompt +
     max_new_tokens, for BART 1 + decoder prompt + max_new_tokens, unless overflow="slide": see windows(). The cached
     strategy then computes what it still sees again, every block_size // 2 tokens; rules of Choice go on seeing all.
     strategy: see the top of this file; all give the same tokens; one of your own will do as well, see find_strategy().
-    ignore_eos: go on to max_new_tokens in every row. num_samples: rows from each prompt, which the cached strategy lets
-    enter once for all of them. The other options are fields of Choice: temperature=0.0 (greedy), top_k, seed and so on.
+    ignore_eos: an end of sequence ends no row. stop: sequences of ids, one of which ends a row when it stands at the
+    end of its new ids; or a function of these that says whether they are complete, as plumbing.tokenizers.Stops is for
+    texts. num_samples: rows from each prompt, which the cached strategy lets enter once for all of them. The other
+    options are fields of Choice: temperature=0.0 (greedy), top_k, seed and so on.
 
     The model may be in train mode and in use elsewhere, in other threads too: nothing of a decoding is kept on it, and
     there is no dropout where no gradients are recorded. Raises UserError (a ValueError) if the request is not possible,
@@ -294,9 +306,9 @@ def write_text(request):
         say("".join(map(decoder.push, found[0])))
     say(decoder.flush() + "\n")
     for n, row in enumerate([] if live else rows):
-        text = request.tokenizer.decode(row)
+        text, ids = request.said(row)
         plain = ("---\n" if n else "") + request.shown + text
-        print(json.dumps({"prompt": request.prompt, "text": text, "ids": row}) if request.json else plain)
+        print(json.dumps({"prompt": request.prompt, "text": text, "ids": ids}) if request.json else plain)
     return rows, seconds
 
 
@@ -314,9 +326,14 @@ def show_stats(request, rows, seconds):
           f"{1e3 * sum(later) / len(later):.2f} ms per step after it{kept}", file=sys.stderr)
 
 
+FURTHER = {"chat": "further.session"}  # a technique and its module
+
+
 def main(args=None):
     from plumbing import cli  # here: who imports the loop needs no command line
     request = cli.read(cli.parse(__doc__, args))
+    if request.technique:
+        return import_module(FURTHER[request.technique]).command(request)
     rows, seconds = write_text(request)
     if request.stats:
         show_stats(request, rows, seconds)

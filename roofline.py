@@ -91,8 +91,8 @@ def explain(model, prompts, products, seconds, step, **options):
     A dict that explains what a decode step took. products: a Products of the model's device and dtype. seconds: of all
     calls, at least two. step: what the middle call multiplied. options: of stream(), as in the measured run.
     """
-    few = min(len(seconds), 9)
-    calls = median(seconds_per_call(narrow(model), prompts, few, **options)[1:])
+    few, endless = min(len(seconds), 9), dict(ignore_eos=True, stop=())  # an end that it wrote would mean nothing
+    calls = median(seconds_per_call(narrow(model), prompts, few, **options | endless)[1:])
     return dict(batch_size=len(prompts), step_seconds=median(seconds[1:]), call_seconds=calls,
                 product_seconds=products.predict(step), step_bytes=products.dtype.itemsize * read(step),
                 step_flops=multiply(step))

@@ -9,7 +9,7 @@ import torch
 from plumbing.errors import REAL, WHOLE, Parser, UserError
 from plumbing.files import decode, read_text
 from plumbing.models import random_model
-from plumbing.tokenizers import StreamDecoder, Tokenizer, load_tokenizer
+from plumbing.tokenizers import Stops, StreamDecoder, Tokenizer, load_tokenizer
 from plumbing.utils import DTYPES, pick_device, set_seed
 from plumbing.weights import load_generation_config, load_model, locate
 from sampling import Choice
@@ -19,9 +19,10 @@ MAX_SAMPLES = 1024  # rows of one batch
 DEFAULT_NEW_TOKENS = 100
 STRATEGY = "naive, hoisted (BART), cached, or MODULE:FUNCTION for one of your own"
 SOURCES = [["--model", "--prompt"], ["--model", "--prompt-file"], ["--model", "-"], ["--random", "--prompt-tokens"]]
+CHATS = [["--model"], *SOURCES[:2]]  # standard input is what is said
 # keys of generation_config.json that change what is generated and that nothing here can honour, unless they are idle
 UNSUPPORTED = {"encoder_repetition_penalty": 1.0, "encoder_no_repeat_ngram_size": 0, "bad_words_ids": None,
-               "typical_p": 1.0, "forced_decoder_ids": None, "stop_strings": None, "num_beam_groups": 1,
+               "typical_p": 1.0, "forced_decoder_ids": None, "num_beam_groups": 1,
                "exponential_decay_length_penalty": None, "suppress_tokens": None, "begin_suppress_tokens": None,
                "sequence_bias": None}
 
@@ -39,13 +40,21 @@ class Request:
     max_new_tokens: int
     num_samples: int             # texts from the prompt
     rows: int                    # how often it is in the batch, each time on its own: bench.py's
-    options: dict                # further arguments of generate(): strategy, num_samples, the fields of Choice, ...
+    options: dict                # further arguments of generate(): strategy, num_samples, stop, fields of Choice, ...
     json: bool
     stats: bool
     live: bool                   # print the text as it comes
+    stops: list                  # texts that end what is generated
+    technique: str | None        # which of generate.FURTHER writes the text, if it is not the loop
 
     def decoder(self):
-        return StreamDecoder(self.tokenizer)
+        return StreamDecoder(self.tokenizer, self.stops)
+
+    def said(self, ids):
+        """What a row says: its text before the stop, and the ids that lie wholly before it."""
+        decoder = self.decoder()
+        text = "".join(map(decoder.push, ids)) + decoder.flush()
+        return text, ids[: self.tokenizer.within(ids, decoder.size)[0]]
 
     def batch(self):
         """The first arguments of generate(): prompts and max_new_tokens."""
@@ -69,7 +78,8 @@ def add_arguments(parser):
     add("--dtype", choices=sorted(DTYPES), help="of the weights; default: as in the file")
     add("--seed", type=WHOLE, help="of what is drawn; default: different every time")
     # not every program has them
-    parser.set_defaults(random=None, prompt_tokens=None, num_samples=1, rows=1, stats=False, no_stream=False)
+    parser.set_defaults(random=None, prompt_tokens=None, num_samples=1, rows=1, stats=False, no_stream=False, stop=[],
+                        chat=False)
 
 
 def add_random(parser):
@@ -96,6 +106,9 @@ def parse(doc, args=None):
     add("--top-p", type=REAL, metavar="P", help="draw among the most likely tokens that have probability P together")
     add("--min-p", type=REAL, metavar="P", help="draw among tokens at least P times as likely as the most likely one")
     add("--repetition-penalty", type=REAL, metavar="P", help="above 1, what is in the text already becomes less likely")
+    add("--stop", action="append", default=[], metavar="TEXT", help="end before this text, taken as it stands (no \\n "
+        "becomes a line end), which is not printed; may be given several times")
+    add("--chat", action="store_true", help="read lines from standard input, answer each")
     add("--stats", action="store_true", help="what it took, on standard error")
     add("--no-stream", action="store_true", help="print the text when it is complete")
     args = parser.parse_args(args)
@@ -115,7 +128,9 @@ def check(args):
     flags = {"model": "--model", "random": "--random", "prompt": "--prompt", "prompt_file": "--prompt-file",
              "stdin": "-", "prompt_tokens": "--prompt-tokens"}
     given = [flag for name, flag in flags.items() if getattr(args, name) is not None]
-    if given not in SOURCES:
+    if args.chat:
+        check_chat(args, given)
+    elif given not in SOURCES:
         raise UserError(f"{' and '.join(given) or 'nothing'} given: give --model DIR_OR_NAME and one prompt, which is "
                         f"--prompt TEXT, --prompt-file PATH or - (standard input); or, to bench.py, --random CONFIG "
                         f"and --prompt-tokens N")
@@ -128,6 +143,16 @@ def check(args):
         raise UserError(f"--beams {args.beams}: beam search is not part of this program yet, use --beams 1")
 
 
+def check_chat(args, given):
+    if given not in CHATS or args.prompt_file == "-":
+        raise UserError(f"--chat with {' and '.join(given) or 'nothing'}: give --model DIR_OR_NAME, and what it begins "
+                        f"with, if anything, as --prompt TEXT or --prompt-file PATH; standard input is what is said")
+    for flag, value, only in (("--num-samples", args.num_samples, 1), ("--strategy", args.strategy, "cached"),
+                              ("--json", args.json, False), ("--decoder-prompt", args.decoder_prompt, None)):
+        if value != only:
+            raise UserError(f"{flag} {value} and --chat do not go together: leave one of them out")
+
+
 def read(args):
     """The Request that the arguments make. Raises UserError on whatever is wrong with them, the model or the prompt."""
     check(args)
@@ -135,18 +160,23 @@ def read(args):
     choice = given("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
     Choice(**choice).validate()
     model, tokenizer, published = load(args)
-    prompt, ids = read_prompt(args, model, tokenizer)
+    prompt, ids = "", []
+    if not args.chat or args.prompt is not None or args.prompt_file is not None:
+        prompt, ids = read_prompt(args, model, tokenizer)
     begun = read_decoder_prompt(args, model, tokenizer)
-    start = model.config.starts(len(ids)) + len(begun)
+    start = max(1, model.config.starts(len(ids)) + len(begun))  # a chat has a token before it is answered
     max_new_tokens, rules = publishers_rules(args, model, tokenizer, published, start)
     # what an untrained model calls the end means nothing
     options = {"ignore_eos": args.ignore_eos or args.random is not None, **rules, **choice}
     options |= given("strategy", "num_samples", "overflow")
+    if stops := read_stops(args, tokenizer, published):
+        options["stop"] = Stops(tokenizer, stops)
     if begun:
         options["decoder_prompts"] = [begun] * args.rows
     shown = args.decoder_prompt or "" if model.config.is_encoder_decoder else prompt
     return Request(model, tokenizer, prompt, ids, begun, shown, max_new_tokens, args.num_samples, args.rows, options,
-                   args.json, args.stats, live=not args.no_stream and not args.json)
+                   args.json, args.stats, live=not args.no_stream and not args.json, stops=stops,
+                   technique="chat" if args.chat else None)
 
 
 def load(args):
@@ -192,6 +222,18 @@ def read_decoder_prompt(args, model, tokenizer):
         raise UserError("--decoder-prompt is for a BART with a tokenizer: leave it out; a GPT continues its --prompt")
     ids = tokenizer.encode(typed("--decoder-prompt", args.decoder_prompt))
     return ids[:-1] if tokenizer.seq2seq else ids
+
+
+def read_stops(args, tokenizer, published):
+    """The texts that end what is generated: those that were typed, and unless no end counts, the publishers'."""
+    own, theirs = [typed("--stop", text) for text in args.stop], published.get("stop_strings") or []
+    theirs = theirs if isinstance(theirs, list) else [theirs]
+    for whose, texts in (("--stop", own), (f"stop_strings={theirs!r:.60} of generation_config.json", theirs)):
+        try:
+            Stops(tokenizer, texts)
+        except UserError as error:
+            raise UserError(f"{whose}: {error}") from None
+    return own if args.ignore_eos else own + theirs
 
 
 def typed(flag, text):

@@ -8,6 +8,7 @@ tiktoken. A text is only ever text: what a user types never becomes a control to
 
 import codecs
 import hashlib
+import itertools
 import os
 import tempfile
 from collections import Counter, defaultdict
@@ -60,6 +61,14 @@ class Tokenizer:
     def decode(self, ids):
         """The text of any ids: special ones say nothing, bytes that are not UTF-8 become U+FFFD."""
         return b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
+
+    def within(self, ids, size):
+        """How many of the ids say only what is in their first `size` bytes, and how many bytes of the next one do."""
+        for n, id in enumerate(ids):
+            if len(self.token_bytes(id)) > size:
+                return n, size
+            size -= len(self.token_bytes(id))
+        return len(ids), 0
 
     def token_bytes(self, id):
         if not 0 <= id < self.n_vocab:
@@ -163,19 +172,65 @@ class CharTokenizer(Tokenizer):
         self.save_config(directory, tokenizer_class="PreTrainedTokenizerFast")
 
 
-class StreamDecoder:
-    """Turns ids into text as they come. They join to decode(all ids); no character arrives in halves."""
+class Stops:
+    """Texts that end what is generated, one or several. Raises UserError on one that is empty, or no text.
 
-    def __init__(self, tokenizer):
-        self.tokenizer = tokenizer
+    They are looked for in the bytes of ids, so it does not matter where tokens begin: a text that is UTF-8 stands in
+    any bytes just where it stands in what they decode to. The stop that is complete first counts, and of those that
+    are complete at once the one that begins first.
+    """
+
+    def __init__(self, tokenizer, texts=()):
+        self.tokenizer, self.texts = tokenizer, []
+        for text in [texts] if isinstance(texts, str) else texts:
+            try:
+                self.texts.append(text.encode())
+            except (AttributeError, UnicodeEncodeError):
+                raise UserError(f"the stop {text!a:.60} is no text: give characters, without half a pair") from None
+            if not text:
+                raise UserError("the stop '' would end every text before it begins: give at least one character")
+        self.longest = max(map(len, self.texts), default=0)
+
+    def __call__(self, ids):
+        """Whether a stop is complete with the last of these ids, if none was before: generate() takes this as stop."""
+        tail, enough = b"", self.longest + len(self.tokenizer.token_bytes(ids[-1])) - 1
+        for id in itertools.takewhile(lambda id: len(tail) < enough, reversed(ids)):
+            tail = self.tokenizer.token_bytes(id) + tail
+        return self.cut(tail)[1]
+
+    def cut(self, data):
+        """How many of these bytes can be no part of a stop, whatever comes; and whether one begins there."""
+        found = [(at + len(text), at) for text in self.texts if (at := data.find(text)) >= 0]
+        if found:
+            return min(found)[1], True
+        begins = lambda n: any(text.startswith(data[n:]) for text in self.texts)
+        return next(filter(begins, range(len(data))), len(data)), False
+
+
+class StreamDecoder:
+    """Turns ids into text as they come, up to the first of the stops, texts. The pieces join to decode(all ids), or to
+    what of it lies before the stop; no character arrives in halves, and nothing that may yet become part of a stop.
+
+    stopped: whether a stop has come; size: how many bytes of the ids have become text.
+    """
+
+    def __init__(self, tokenizer, stops=()):
+        self.tokenizer, self.stops = tokenizer, Stops(tokenizer, stops)
         self.utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self.held, self.stopped, self.size = b"", False, 0
 
     def push(self, id):
-        return self.utf8.decode(self.tokenizer.token_bytes(id))
+        if self.stopped:
+            return ""
+        data = self.held + self.tokenizer.token_bytes(id)
+        n, self.stopped = self.stops.cut(data)
+        self.held, self.size = b"" if self.stopped else data[n:], self.size + n
+        return self.utf8.decode(data[:n])
 
     def flush(self):
         """What is left when the last id has come: U+FFFD where a character was never finished."""
-        return self.utf8.decode(b"", final=True)
+        self.size, held, self.held = self.size + len(self.held), self.held, b""
+        return self.utf8.decode(held, final=True)
 
 
 # ------------------------------------------------------------------------------------------------------------

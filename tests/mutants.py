@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 TESTS = ["tests/test_attention.py", "tests/test_schedules.py", "tests/test_model.py", "tests/test_generate.py",
          "tests/test_sampling.py", "tests/test_concat.py", "tests/test_sparse.py", "tests/test_gqa.py",
-         "tests/test_quality.py", "tests/test_samples.py"]
+         "tests/test_quality.py", "tests/test_samples.py", "tests/test_session.py"]
 MUTANTS = {}
 
 
@@ -890,6 +890,51 @@ def what_was_rewound_is_concatenated_too():
 def the_slip_is_none():
     concat = concatenating()
     replace(concat.SlipCache, "join", lambda original: concat.ConcatCache.join)
+
+
+@mutant
+def a_stop_is_looked_for_from_its_first_id_again():
+    """After 1 1, another 1 begins anew instead of staying: 1 1 2 is never seen in 1 1 1 2."""
+    generate = project()[2]
+
+    def ends_with(stop, vocab_size):
+        def ended(new):
+            matched = [0] * len(stop)
+            for i in new:
+                matched = [n + 1 if s[n % len(s)] == i else 0 for n, s in zip(matched, stop)]
+            return any(n == len(s) for n, s in zip(matched, stop))
+        return stop if callable(stop) else ended
+
+    replace(generate, "ends_with", lambda original: ends_with)
+
+
+@mutant
+def a_stop_of_text_is_looked_for_in_the_newest_token():
+    from plumbing.tokenizers import Stops
+
+    @around(Stops, "__call__")
+    def call(original, self, ids):
+        return original(self, ids[-1:])
+
+
+@mutant
+def what_a_conversation_forgets_stays_stored():
+    from further.session import Session
+
+    @around(Session, "become")
+    def become(original, self, ids):
+        self.ids, self.tail = list(ids), b""
+
+
+@mutant
+def a_fork_of_a_conversation_shares_its_cache():
+    from further.session import Session
+
+    @around(Session, "fork")
+    def fork(original, self):
+        other = original(self)
+        other.cache = self.cache
+        return other
 
 
 # -----------------------------------------------------------------------------

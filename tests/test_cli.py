@@ -539,7 +539,7 @@ def published(tiny_bart, tmp_path):
     {"repetition_penalty": -1.5}, {"encoder_repetition_penalty": 1.2},
     {"bad_words_ids": [[n] for n in range(1000)]}, {"min_length": -1}, {"max_length": 1.5}, {"no_repeat_ngram_size": "x"},
     {"forced_eos_token_id": [2]}, {"eos_token_id": [2, 500]}, {"eos_token_id": [500]},
-    {"eos_token_id": "x"}, {"eos_token_id": -5}, {"eos_token_id": [-5]}, {"eos_token_id": ["x"]}, {"eos_token_id": []}, {"stop_strings": ["x"]}, {"typical_p": 0.9}, {"forced_bos_token_id": 10**6}, {"decoder_start_token_id": 10**6}], ids=str)
+    {"eos_token_id": "x"}, {"eos_token_id": -5}, {"eos_token_id": [-5]}, {"eos_token_id": ["x"]}, {"eos_token_id": []}, {"stop_strings": [""]}, {"typical_p": 0.9}, {"forced_bos_token_id": 10**6}, {"decoder_start_token_id": 10**6}], ids=str)
 def test_what_cannot_be_honoured_is_refused_by_name(published, lines):
     outcome = published(**lines)
     assert_refused(outcome)

@@ -218,7 +218,8 @@ FURTHER = sorted(ROOT.glob("further/*.py"))
 PLUMBING = sorted(ROOT.glob("plumbing/*.py"))
 SOURCE = LESSON + FURTHER + PLUMBING
 KNOWS = {"cli": {"sampling"}, "models": {"model"}, "weights": {"model"}, "patterns": {"attention", "sparse"},
-         "attention_bench": {"attention", "cache", "model", "sparse"}}  # who builds, of plumbing/
+         "attention_bench": {"attention", "cache", "model", "sparse"}, "cli": {"sampling"},  # who builds, of plumbing/
+         "pairs": {"further", "generate"}}
 
 
 def nodes(path, *kinds):

@@ -68,10 +68,13 @@ def outcome(main, words, stdin, folder):
 
 
 def right(words, code, out, err):
-    """Whether a program may end so. That a damaged checkpoint was passed over is told besides."""
+    """
+    Whether a program may end so. That a damaged checkpoint was passed over is told besides; a line that cannot be
+    answered comes after others in a chat.
+    """
     lines = [line for line in err.splitlines() if not line.startswith("passed over")]
     if code == 2:
-        return not out and len(lines) == 1 and lines[0].startswith("error: ") and len(lines[0]) <= 300
+        return (not out or "--chat" in words) and len(lines) == 1 and lines[0].startswith("error: ") and len(lines[0]) <= 300
     return code in (0, 3) + (1,) * (words[0] == "compare") and "Traceback" not in err and "Warning" not in err
 
 
@@ -155,8 +158,8 @@ FLAGS = {
     "generate": SHARED | DECODER_PROMPT | STRATEGY | {
         "--temperature": ["0", "0.5", "1", "1e-9", "1e30", "1e300"], "--top-k": ["1", "3", "1000"], "--stats": None,
         "--top-p": ["0", "0.5", "1"], "--min-p": ["0", "0.1", "1"], "--no-stream": None,
-        "--repetition-penalty": ["1", "1.3", "0.2", "1e-30", "1e18", "1e300"],
-        "--overflow": ["refuse", "slide", "slide"]},
+        "--repetition-penalty": ["1", "1.3", "0.2", "1e-30", "1e18", "1e300"], "--chat": None,
+        "--stop": ["a", "b", "é", "\n", "ab"], "--overflow": ["refuse", "slide", "slide"]},
     "compare": SHARED,
     "trace": SHARED | DECODER_PROMPT | STRATEGY,
     "report": SHARED | {"--output": ["page.html", "gpt.toml", "none/page.html", "empty"]},
@@ -259,7 +262,7 @@ VALUES = [None, True, False, 0, 1, -1, 2, 3, 7, 99, 1.5, -0.5, 1e-9, 1e308, 2**2
 NAMES = [key for fields in (GPT_FIELDS, BART_FIELDS) for _, *theirs in fields.values() for key in theirs]
 NAMES += [*GPT_FIXED, *BART_FIXED, "model_type", "architectures", "files", "added_tokens", "normalizer", "__metadata__"]
 PUBLISHED = [*UNSUPPORTED, "repetition_penalty", "num_beams", "max_length", "max_new_tokens", "min_length", "min_new_tokens",
-             "eos_token_id", "no_repeat_ngram_size", "forced_bos_token_id", "forced_eos_token_id", "decoder_start_token_id"]
+             "eos_token_id", "no_repeat_ngram_size", "forced_bos_token_id", "forced_eos_token_id", "decoder_start_token_id", "stop_strings"]
 PIECES = [b"", b"\xff", b"\0", b"9" * 30, b"-", b"[" * 100_000, b'"', b"\xef\xbb\xbf", b"\n", b" ", b"{}", b"1e999",
           b"\xed\xa0\x80"]
 

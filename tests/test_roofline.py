@@ -1,6 +1,7 @@
 """Predicted beside measured: what a step reads and multiplies is exact; times are for the reader."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -85,6 +86,12 @@ def test_bench_decode_explains_a_step():
     assert shown.code == 0 and "calls + products" in shown.out
     refused = call(bench.main, *args, "--max-new-tokens", 1)
     assert refused.code == 2 and "--max-new-tokens 1" in refused.err and not refused.out
+
+
+def test_no_end_stops_the_narrow_model_before_it_is_measured():
+    model = GPT(replace(GPT_CONFIG, eos_id=[*range(50)]))
+    found = roofline.explain(model, [[1]], roofline.Products(torch.float32, torch.device("cpu")), [1.0, 1.0, 1.0], {}, stop=lambda new: True)
+    assert found["call_seconds"] > 0
 
 
 def test_without_a_model_all_settings_are_measured(monkeypatch):
