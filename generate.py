@@ -3,6 +3,7 @@ Generate text: one loop, and three ways to make its step cheap.
 
     python generate.py --model out/gpt-tiny --prompt "The if statement"
     python generate.py --model out/bart-headline --prompt-file article.txt
+    python generate.py --model out/bart-headline --prompts articles.txt
     echo "The for statement" | python generate.py --model out/gpt-tiny -
 
 The loop never changes: a step finds the next id of every row, and it is appended. A *strategy* is a step:
@@ -46,8 +47,8 @@ def advance(model, rows, cache=None, memory=None, last=1):
     """
     Let what is not stored yet of each row enter the model: a prompt, a token, a chunk, a turn of a conversation;
     without a cache everything. Returns the logits (B, last, V) of the last positions of each row: no others pass
-    through the output head. rows: B lists of ids; what is stored of one must be its beginning, so who changes his mind
-    rewinds.
+    through the output head (last=0: none). rows: B lists of ids; what is stored of one must be its beginning, so who
+    changes his mind rewinds.
 
     cache, memory: from model.new_cache() and BART's model.project(). Raises ValueError if a row has fewer than `last`
     ids that are not stored, or where the cache does.
@@ -62,7 +63,8 @@ def advance(model, rows, cache=None, memory=None, last=1):
     x = model.features(idx, cache=cache, start_pos=stored if cache else 0, **source)  # (B, T, C)
     if cache and len(set(map(len, new))) > 1:  # padding was stored as well: it is forgotten
         cache.rewind([len(row) for row in rows])
-    ends = torch.tensor([range(len(ids) - last, len(ids)) for ids in new], device=idx.device)  # (B, last)
+    ends = [range(len(ids) - last, len(ids)) for ids in new]
+    ends = torch.tensor(ends, dtype=torch.long, device=idx.device)  # (B, last)
     return model.lm_head(x[torch.arange(len(rows), device=idx.device)[:, None], ends])
 
 
@@ -82,7 +84,7 @@ def project(model, encoded, lengths):
 
 
 # -----------------------------------------------------------------------------
-# The strategies. Each makes a step(rows, which) -> the new ids of each row, one or more. rows: lists of ids, the texts
+# The strategies. Each makes a step(rows, which) -> the new ids of each row, one or more (none: it waits). rows: lists of ids, the texts
 # so far; which: their numbers in the request, in order, because rows that have ended leave the batch. sources: None for
 # a GPT. room: the length of the longest row when it is complete. choose: a Chooser.
 
@@ -188,6 +190,14 @@ def check_ids(what, rows, vocab_size, least=1):
                 raise UserError(f"{what} {r} has the id {i!r}: ids are integers from 0 to {vocab_size - 1}")
 
 
+def for_each(max_new_tokens, rows):
+    """max_new_tokens as a list of one per row. Raises UserError on a list of another length."""
+    most = max_new_tokens if isinstance(max_new_tokens, list | tuple) else [max_new_tokens] * len(rows)
+    if len(most) != len(rows):
+        raise UserError(f"{len(most)} numbers max_new_tokens for {len(rows)} prompts: give one, or one for each")
+    return most
+
+
 def prepare(model, prompts, max_new_tokens, decoder_prompts):
     """Check a request and sort it into sources (None for a GPT) and the B rows that the decoder continues."""
     prompts = list(prompts)  # a generator gives them once
@@ -204,12 +214,12 @@ def prepare(model, prompts, max_new_tokens, decoder_prompts):
         raise UserError("decoder_prompts are for an encoder-decoder: a GPT continues its prompts themselves")
     if len(rows) != len(prompts):
         raise UserError(f"{len(rows)} decoder prompts for {len(prompts)} sources: give one for each")
-    if type(max_new_tokens) is not int or max_new_tokens < 1:
-        raise UserError(f"max_new_tokens={max_new_tokens!r:.60} must be a whole number, at least 1")
-    longest = max(map(len, rows), default=0)
-    if longest + max_new_tokens > config.block_size:
-        raise UserError(f"{longest} tokens and max_new_tokens={max_new_tokens} do not fit "
-                        f"block_size={config.block_size}: shorten the prompt or ask for fewer")
+    for row, n in zip(rows, for_each(max_new_tokens, rows)):
+        if type(n) is not int or n < 1:
+            raise UserError(f"max_new_tokens={n!r:.60} must be a whole number, at least 1")
+        if len(row) + n > config.block_size:
+            raise UserError(f"{len(row)} tokens and max_new_tokens={n} do not fit "
+                            f"block_size={config.block_size}: shorten the prompt or ask for fewer")
     return sources, rows
 
 
@@ -223,7 +233,7 @@ def stream(model, prompts, max_new_tokens, *, strategy="cached", decoder_prompts
     ends = [] if ignore_eos else model.config.end_ids
     forced = [choice[key] for key in ("forced_first", "forced_last") if choice.get(key) is not None]
     check_ids("the list of forced ids", [forced], choice.get("n_vocab") or model.config.vocab_size, least=0)
-    limits = [len(row) + max_new_tokens for row in rows]
+    limits = [len(row) + n for row, n in zip(rows, for_each(max_new_tokens, rows))]
     choose = Chooser(Choice(**choice), model.wte.weight.device, ends, limits)
     if not rows:
         return iter(())
@@ -237,9 +247,9 @@ def generate(model, prompts, max_new_tokens, *, strategy="cached", decoder_promp
 
     prompts: B lists of ids, of any lengths: texts to continue for GPT, sources for BART (whose decoder starts from
     config.start_id, then the row of decoder_prompts, if given). They must fit: prompt + max_new_tokens <= block_size,
-    and for BART source <= block_size and 1 + decoder prompt + max_new_tokens <= block_size. strategy: see the top of
-    this file; all give the same tokens; one of your own will do as well, see find_strategy(). ignore_eos: go on to
-    max_new_tokens in every row. The rest are fields of Choice: temperature=0.0 (greedy), top_k, top_p, min_p, seed and
+    and for BART source <= block_size and 1 + decoder prompt + max_new_tokens <= block_size. max_new_tokens: a number, or
+    a list with one for each row. strategy: see the top of this file; all give the same tokens; one of your own will do
+    as well, see find_strategy(). ignore_eos: go on to max_new_tokens in every row. The rest are fields of Choice: temperature=0.0 (greedy), top_k, top_p, min_p, seed and
     so on.
 
     The model may be in train mode and in use elsewhere, in other threads too: nothing of a decoding is kept on it, and
@@ -257,6 +267,8 @@ def generate(model, prompts, max_new_tokens, *, strategy="cached", decoder_promp
 
 # -----------------------------------------------------------------------------
 # The command line
+
+FURTHER = {"prompts": "further.serve"}  # a technique and its module
 
 
 def write_text(request):
@@ -297,6 +309,8 @@ def show_stats(request, rows, seconds):
 def main(args=None):
     from plumbing import cli  # here: who imports the loop needs no command line
     request = cli.read(cli.parse(__doc__, args))
+    if request.technique:
+        return import_module(FURTHER[request.technique]).command(request)
     rows, seconds = write_text(request)
     if request.stats:
         show_stats(request, rows, seconds)

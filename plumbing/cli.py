@@ -1,14 +1,16 @@
 """The command line of generate.py, and what bench.py shares with it: arguments, a prompt, what publishers ask for."""
 
+import argparse
 import random
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 
-from plumbing.errors import REAL, WHOLE, Parser, UserError
+from plumbing.errors import REAL, WHOLE, Parser, UserError, naming
 from plumbing.files import decode, read_text
 from plumbing.models import random_model
+from plumbing.prompts import read_prompts
 from plumbing.tokenizers import StreamDecoder, Tokenizer, load_tokenizer
 from plumbing.utils import DTYPES, pick_device, set_seed
 from plumbing.weights import load_generation_config, load_model, locate
@@ -17,7 +19,8 @@ MAX_PROMPT = 2**24  # bytes
 MAX_SAMPLES = 1024  # rows of one batch
 DEFAULT_NEW_TOKENS = 100
 STRATEGY = "naive, hoisted (BART), cached, or MODULE:FUNCTION for one of your own"
-SOURCES = [["--model", "--prompt"], ["--model", "--prompt-file"], ["--model", "-"], ["--random", "--prompt-tokens"]]
+SOURCES = [["--model", "--prompt"], ["--model", "--prompt-file"], ["--model", "-"], ["--model", "--prompts"],
+           ["--random", "--prompt-tokens"]]
 # keys of generation_config.json that change what is generated and that nothing here can honour, unless they are idle
 UNSUPPORTED = {"repetition_penalty": 1.0, "encoder_no_repeat_ngram_size": 0, "bad_words_ids": None, "typical_p": 1.0,
                "forced_decoder_ids": None, "stop_strings": None, "exponential_decay_length_penalty": None,
@@ -40,6 +43,8 @@ class Request:
     json: bool
     stats: bool
     live: bool                   # print the text as it comes
+    technique: str | None = None                # one of generate.FURTHER, which then does the rest
+    lines: dict = field(default_factory=dict)   # of "prompts": the name of every line -> its own Request
 
     def decoder(self):
         return StreamDecoder(self.tokenizer)
@@ -67,7 +72,7 @@ def add_arguments(parser):
     add("--dtype", choices=sorted(DTYPES), help="of the weights; default: as in the file")
     add("--seed", type=WHOLE, help="of what is drawn; default: different every time")
     # not every program has them
-    parser.set_defaults(random=None, prompt_tokens=None, stats=False, no_stream=False)
+    parser.set_defaults(random=None, prompt_tokens=None, stats=False, no_stream=False, prompts=None, batch_size=None)
 
 
 def add_random(parser):
@@ -89,6 +94,10 @@ def parse(doc, args=None):
     add("--min-p", type=REAL, metavar="P", help="draw among tokens at least P times as likely as the most likely one")
     add("--stats", action="store_true", help="what it took, on standard error")
     add("--no-stream", action="store_true", help="print the text when it is complete")
+    add("--prompts", metavar="FILE", help="many prompts, one a line; or, in a .jsonl file, one JSON object a line: "
+        '{"prompt": TEXT, "decoder_prompt": TEXT, "max_new_tokens": M}, of which the last two may be left out. Printed '
+        "are JSON lines, in the order of the file")
+    add("--batch-size", type=WHOLE, metavar="N", help="of --prompts: how many at a time; default: 8")
     args = parser.parse_args(args)
     drawing = [name for name in ("top_k", "top_p", "min_p") if getattr(args, name)]
     if drawing and not args.temperature:
@@ -104,7 +113,7 @@ def check(args):
     if args.stdin not in (None, "-"):  # not argparse's `choices`, which would not name an unknown flag before it
         raise UserError(f"{args.stdin!r:.60} is no argument: - stands for standard input, a text goes behind --prompt")
     flags = {"model": "--model", "random": "--random", "prompt": "--prompt", "prompt_file": "--prompt-file",
-             "stdin": "-", "prompt_tokens": "--prompt-tokens"}
+             "stdin": "-", "prompts": "--prompts", "prompt_tokens": "--prompt-tokens"}
     given = [flag for name, flag in flags.items() if getattr(args, name) is not None]
     if given not in SOURCES:
         raise UserError(f"{' and '.join(given) or 'nothing'} given: give --model DIR_OR_NAME and one prompt, which is "
@@ -114,6 +123,12 @@ def check(args):
         raise UserError(f"--prompt-tokens {args.prompt_tokens} must be at least 1")
     if not 1 <= args.num_samples <= MAX_SAMPLES:
         raise UserError(f"--num-samples {args.num_samples} must be from 1 to {MAX_SAMPLES}")
+    if args.batch_size is not None and (args.prompts is None or not 1 <= args.batch_size <= MAX_SAMPLES):
+        raise UserError(f"--batch-size {args.batch_size} must be from 1 to {MAX_SAMPLES}, with --prompts FILE")
+    for name, idle in {"num_samples": 1, "strategy": "cached", "stats": False}.items() if args.prompts is not None else ():
+        if getattr(args, name) != idle:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} is for one prompt: leave it out, or give "
+                            f"--prompt instead of --prompts")
     if args.beams not in (None, 1):
         raise UserError(f"--beams {args.beams}: beam search is not part of this program yet, use --beams 1")
 
@@ -121,14 +136,31 @@ def check(args):
 def read(args):
     """The Request that the arguments make. Raises UserError on whatever is wrong with them, the model or the prompt."""
     check(args)
-    model, tokenizer, published = load(args)
+    texts = None if args.prompts is None else read_prompts(args.prompts)
+    loaded, lines = load(args), {}
+    if texts is None:
+        return ask(args, *loaded)
+    for name, line in texts.items():
+        with naming(name):
+            lines[name] = ask(argparse.Namespace(**vars(args) | line), *loaded)
+            first, least = (one.options["min_length"] for one in (next(iter(lines.values())), lines[name]))
+            if first != least:
+                raise UserError(f"min_new_tokens of generation_config.json asks for min_length={least}, and for {first} "
+                                f"in the first line: delete it there, or give prompts of one length")
+    options = {key: value for key, value in lines[name].options.items() if key not in ("strategy", "decoder_prompts")}
+    return replace(lines[name], technique="prompts", lines=lines, options=options)
+
+
+def ask(args, model, tokenizer, published):
+    """The Request for one prompt, of the model and what else load() returns."""
     prompt, ids = read_prompt(args, model, tokenizer)
     begun = read_decoder_prompt(args, model, tokenizer)
     start = model.config.starts(len(ids)) + len(begun)
     max_new_tokens, rules = publishers_rules(args, model, tokenizer, published, start)
     # what an untrained model calls the end means nothing
     options = {"ignore_eos": args.ignore_eos or args.random is not None, **rules}
-    given = {key: getattr(args, key, None) for key in ("strategy", "temperature", "top_k", "top_p", "min_p", "seed")}
+    given = {key: getattr(args, key, None) for key in ("strategy", "temperature", "top_k", "top_p", "min_p", "seed",
+                                                      "batch_size")}
     options |= {key: value for key, value in given.items() if value is not None}  # what is left out has its own default
     if begun:
         options["decoder_prompts"] = [begun] * args.num_samples
