@@ -273,7 +273,8 @@ class KVCache:
             whole, i = self.view
             if not whole._fits(layer, k):
                 whole._allocate(layer, k)
-            self.k[layer], self.v[layer], self.places = whole.k[layer][i : i + 1], whole.v[layer][i : i + 1], whole.places
+            self.k[layer], self.v[layer] = (buffers[layer][i : i + 1] for buffers in (whole.k, whole.v))
+            self.places = whole.places
             return
         if any(self.filled):
             was, now = (x if x is None else f"{x.size(1)} heads of {x.size(3)}, {x.dtype}, {x.device}"

@@ -47,8 +47,8 @@ def advance(model, rows, cache=None, memory=None, last=1):
     """
     Let what is not stored yet of each row enter the model: a prompt, a token, a chunk, a turn of a conversation;
     without a cache everything. Returns the logits (B, last, V) of the last positions of each row: no others pass
-    through the output head (last=0: none). rows: B lists of ids; what is stored of one must be its beginning, so who
-    changes his mind rewinds.
+    through the output head. rows: B lists of ids; what is stored of one must be its beginning, so who changes his mind
+    rewinds.
 
     cache, memory: from model.new_cache() and BART's model.project(). Raises ValueError if a row has fewer than `last`
     ids that are not stored, or where the cache does.
@@ -63,8 +63,7 @@ def advance(model, rows, cache=None, memory=None, last=1):
     x = model.features(idx, cache=cache, start_pos=stored if cache else 0, **source)  # (B, T, C)
     if cache and len(set(map(len, new))) > 1:  # padding was stored as well: it is forgotten
         cache.rewind([len(row) for row in rows])
-    ends = [range(len(ids) - last, len(ids)) for ids in new]
-    ends = torch.tensor(ends, dtype=torch.long, device=idx.device)  # (B, last)
+    ends = torch.tensor([range(len(ids) - last, len(ids)) for ids in new], device=idx.device)  # (B, last)
     return model.lm_head(x[torch.arange(len(rows), device=idx.device)[:, None], ends])
 
 
@@ -84,9 +83,9 @@ def project(model, encoded, lengths):
 
 
 # -----------------------------------------------------------------------------
-# The strategies. Each makes a step(rows, which) -> the new ids of each row, one or more (none: it waits). rows: lists of ids, the texts
-# so far; which: their numbers in the request, in order, because rows that have ended leave the batch. sources: None for
-# a GPT. room: the length of the longest row when it is complete. choose: a Chooser.
+# The strategies. Each makes a step(rows, which) -> the new ids of each row, one or more, none if it waits. rows: lists
+# of ids, the texts so far; which: their numbers in the request, in order, because rows that have ended leave the batch.
+# sources: None for a GPT. room: the length of the longest row when it is complete. choose: a Chooser.
 
 
 def naive(model, sources, B, room, choose):
@@ -247,10 +246,10 @@ def generate(model, prompts, max_new_tokens, *, strategy="cached", decoder_promp
 
     prompts: B lists of ids, of any lengths: texts to continue for GPT, sources for BART (whose decoder starts from
     config.start_id, then the row of decoder_prompts, if given). They must fit: prompt + max_new_tokens <= block_size,
-    and for BART source <= block_size and 1 + decoder prompt + max_new_tokens <= block_size. max_new_tokens: a number, or
-    a list with one for each row. strategy: see the top of this file; all give the same tokens; one of your own will do
-    as well, see find_strategy(). ignore_eos: go on to max_new_tokens in every row. The rest are fields of Choice: temperature=0.0 (greedy), top_k, top_p, min_p, seed and
-    so on.
+    and for BART source <= block_size and 1 + decoder prompt + max_new_tokens <= block_size. max_new_tokens: one number,
+    or a list with one for each row. strategy: see the top of this file; all give the same tokens; one of your own will
+    do as well, see find_strategy(). ignore_eos: go on to max_new_tokens in every row. The rest are fields of Choice:
+    temperature=0.0 (greedy), top_k, top_p, min_p, seed and so on.
 
     The model may be in train mode and in use elsewhere, in other threads too: nothing of a decoding is kept on it, and
     there is no dropout where no gradients are recorded. Raises UserError (a ValueError) if the request is not possible,

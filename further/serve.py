@@ -23,16 +23,17 @@ from tqdm import tqdm
 import cost
 from attention import NOWHERE
 from cache import Memory
-from generate import advance, encode, prepare, project, stream
+from generate import advance, encode, pad, prepare, project, stream
 from plumbing.errors import UserError, naming
 from plumbing.models import free_memory
 
-ROWS = 8
 
-
-def continuous(model, sources, B, room, choose, batch_size=ROWS):
-    """A strategy, see generate.py, of batch_size rows at most. Raises UserError if their caches do not fit the memory."""
-    width, longest = min(batch_size, B), max(map(len, sources or [[]]))
+def continuous(model, sources, B, room, choose, batch_size=None):
+    """
+    A strategy, see generate.py, of batch_size rows at most, None for B. Raises UserError if their caches do not fit the
+    memory.
+    """
+    width, longest = min(batch_size or B, B), max(map(len, sources or [[]]))
     check_caches(model, longest, width, room)
     cache, memory, held, n = model.new_cache(width, room), None, [None] * width, None  # held: whose text is in each row
 
@@ -44,11 +45,10 @@ def continuous(model, sources, B, room, choose, batch_size=ROWS):
             wide = widened(own, longest)
             memory = memory or wide.take([0] * width)
             place(memory, i, wide)
-        cache.filled[i] = 0
         if len(text) > 1:
-            view = cache.row(i)
-            advance(model, [text[:-1]], view, own, last=0)
-            cache.filled[i] = view.filled[0]
+            source = {"memory": own} if own else {}
+            model.features(pad([text[:-1]], model.wte.weight.device), cache=cache.row(i), start_pos=0, **source)
+        cache.filled[i] = len(text) - 1
 
     @torch.inference_mode()
     def step(rows, which):
@@ -95,7 +95,7 @@ def place(memory, i, own):
         kept[i] = new[0]
 
 
-def serve(model, prompts, max_new_tokens, *, batch_size=ROWS, **options):
+def serve(model, prompts, max_new_tokens, *, batch_size=8, **options):
     """
     generate() for any number of prompts, batch_size of them at a time: an iterator of (number of the prompt, its new
     ids), as they end. Texts are what each prompt alone gives. options: those of generate(). Raises UserError if the

@@ -125,10 +125,10 @@ def check(args):
         raise UserError(f"--num-samples {args.num_samples} must be from 1 to {MAX_SAMPLES}")
     if args.batch_size is not None and (args.prompts is None or not 1 <= args.batch_size <= MAX_SAMPLES):
         raise UserError(f"--batch-size {args.batch_size} must be from 1 to {MAX_SAMPLES}, with --prompts FILE")
-    for name, idle in {"num_samples": 1, "strategy": "cached", "stats": False}.items() if args.prompts is not None else ():
-        if getattr(args, name) != idle:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} is for one prompt: leave it out, or give "
-                            f"--prompt instead of --prompts")
+    for name, idle in ("num_samples", 1), ("strategy", "cached"), ("stats", False):
+        if args.prompts is not None and getattr(args, name) != idle:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} is for one prompt: leave it out, or "
+                            f"give --prompt in place of --prompts")
     if args.beams not in (None, 1):
         raise UserError(f"--beams {args.beams}: beam search is not part of this program yet, use --beams 1")
 
@@ -145,8 +145,8 @@ def read(args):
             lines[name] = ask(argparse.Namespace(**vars(args) | line), *loaded)
             first, least = (one.options["min_length"] for one in (next(iter(lines.values())), lines[name]))
             if first != least:
-                raise UserError(f"min_new_tokens of generation_config.json asks for min_length={least}, and for {first} "
-                                f"in the first line: delete it there, or give prompts of one length")
+                raise UserError(f"min_new_tokens in generation_config.json asks for min_length={least} here and for "
+                                f"{first} in the first line: delete it there, or give prompts of one length")
     options = {key: value for key, value in lines[name].options.items() if key not in ("strategy", "decoder_prompts")}
     return replace(lines[name], technique="prompts", lines=lines, options=options)
 

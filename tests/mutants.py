@@ -22,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 TESTS = ["tests/test_attention.py", "tests/test_schedules.py", "tests/test_model.py", "tests/test_generate.py",
-         "tests/test_sampling.py", "tests/test_concat.py", "tests/test_sparse.py"]
+         "tests/test_sampling.py", "tests/test_concat.py", "tests/test_sparse.py", "tests/test_serve.py"]
 MUTANTS = {}
 
 
@@ -849,6 +849,40 @@ def what_was_rewound_is_concatenated_too():
 def the_slip_is_none():
     concat = concatenating()
     replace(concat.SlipCache, "join", lambda original: concat.ConcatCache.join)
+
+
+def serving():
+    import further.serve
+    return further.serve
+
+
+@mutant
+def the_padding_of_a_source_is_read():
+    import torch
+
+    @around(serving(), "widened")
+    def widened(original, memory, N):
+        wide = original(memory, N)
+        return wide._replace(key_pos=torch.arange(N)[None])
+
+
+@mutant
+def a_new_source_is_as_long_as_the_one_before_it():
+    @around(serving(), "place")
+    def place(original, memory, i, own):
+        original(memory, i, own._replace(key_pos=memory.key_pos[i : i + 1].clone()))
+
+
+@mutant
+def a_text_begins_in_a_copy_of_its_row():
+    around(project()[1].KVCache, "row")(lambda original, self, i: original(self.fork(), i))
+
+
+@mutant
+def a_text_is_told_without_what_it_found_last():
+    @around(serving(), "ended")
+    def ended(original, steps):
+        return ((r, ids[:-1] or ids) for r, ids in original(steps))
 
 
 # -----------------------------------------------------------------------------
