@@ -3,14 +3,12 @@ Many prompts through few rows: continuous batching (Yu et al. 2022, Orca).
 
     python generate.py --model out/gpt-tiny --prompts prompts.txt --batch-size 8
 
-Texts end at different steps. A batch that is left as it is computes for texts that have ended, and one that shrinks
-reads all weights for the few that are left. Here whoever waits takes the row of a text that has ended, while the others
-go on. That is a strategy like others: a step finds an id for as many texts as there are rows, and none for those that
-wait. So the loop, what ends a text, and how an id is chosen are those of generate.py.
+Texts end at different steps, and a batch that shrinks reads all weights for the few that are left. Here whoever waits
+takes the row of a text that has ended, while the others go on. That is a strategy like others: a step finds an id for
+as many texts as there are rows, and none for those that wait, so loop, ends and choice are those of generate.py.
 
-Of a prompt all but the last id enter alone, in their row (beside rows that need one position they would pad them to
-their own length); the last enters with the newest ids of the others. So a text costs prompt + new - 1 positions,
-whenever it comes and whoever stands beside it, and every position of logits chooses an id.
+Of a prompt all but the last id enter alone in their row (others would be padded to their length), the last one beside
+the newest ids of the others. So a text costs prompt + new - 1 positions, whoever stands beside it.
 """
 
 import json
@@ -29,10 +27,7 @@ from plumbing.models import free_memory
 
 
 def continuous(model, sources, B, room, choose, batch_size=None):
-    """
-    A strategy, see generate.py, of batch_size rows at most, None for B. Raises UserError if their caches do not fit the
-    memory.
-    """
+    """A strategy, see generate.py, of batch_size rows, None for B. Raises UserError if their caches need too much."""
     width, longest = min(batch_size or B, B), max(map(len, sources or [[]]))
     check_caches(model, longest, width, room)
     cache, memory, held, n = model.new_cache(width, room), None, [None] * width, None  # held: whose text is in each row
@@ -79,7 +74,7 @@ def check_caches(model, longest, width, room):
     need, have = predicted["self_cache_bytes"] + predicted["cross_cache_bytes"], free_memory(device)
     if need > have:
         raise UserError(f"batch_size={width}: keys and values of so many rows need {need / 2**30:,.1f} GiB and "
-                        f"{have / 2**30:,.1f} GiB are free on {device}: choose a smaller one")
+                        f"{have / 2**30:,.1f} GiB are free on {device}: choose a smaller one or shorter texts")
 
 
 def widened(memory, N):
@@ -98,8 +93,8 @@ def place(memory, i, own):
 def serve(model, prompts, max_new_tokens, *, batch_size=8, **options):
     """
     generate() for any number of prompts, batch_size of them at a time: an iterator of (number of the prompt, its new
-    ids), as they end. Texts are what each prompt alone gives. options: those of generate(). Raises UserError if the
-    request is not possible, before anything is computed.
+    ids) as they end, the ids that generate() gives. options: those of generate(). Raises UserError if the request is
+    not possible, before anything is computed.
     """
     if type(batch_size) is not int or batch_size < 1:
         raise UserError(f"batch_size={batch_size!r:.60} must be a whole number, at least 1")
@@ -107,6 +102,7 @@ def serve(model, prompts, max_new_tokens, *, batch_size=8, **options):
 
 
 def ended(steps):
+    """From the steps of stream(), pairs (number, ids) of texts that have ended."""
     begun = {}
     for found in steps:
         for r, ids in enumerate(found):
