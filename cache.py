@@ -102,7 +102,7 @@ class KVCache:
         self.most = list(self.filled)  # how far each row has ever come: what lies behind it has taken slots
         self.places = None             # (length,): the positions of the keys, of layers that evict nothing
         self.chunk = {}                # keys and values of the last chunk, of layers that evict
-        self.view = False              # whether the buffers are another cache's, which must not wait for a chunk
+        self.view = None               # the cache whose row this is, and which; it must not wait for a chunk
         self.begin(None, 0)
 
     def begin(self, starts, T):
@@ -128,8 +128,8 @@ class KVCache:
         last; with (B, T) they reach as far as the longest row, and the mask hides what lies in a row's future.
         """
         B, _, T, _ = k.shape
-        slots, kept, k, v = self.slots[layer], self.k[layer], k.detach(), v.detach()
-        if kept is None or (kept.dtype, kept.device, kept.shape[1::2]) != (k.dtype, k.device, k.shape[1::2]):
+        slots, k, v = self.slots[layer], k.detach(), v.detach()
+        if not self._fits(layer, k):
             self._allocate(layer, k)
         if slots.evicts:
             return self._evict(layer, pos, (k, v), (self.k[layer][:B], self.v[layer][:B]))
@@ -244,10 +244,10 @@ class KVCache:
 
     def row(self, i):
         """A view of one row: what is written through it is written here, and counted here by whoever wrote it."""
-        if None in self.k or not 0 <= i < len(self.filled):
-            raise ValueError(f"there is no row {i} to be viewed: {len(self.filled)} are stored, after a prefill")
+        if not 0 <= i < len(self.filled):
+            raise ValueError(f"there is no row {i} to be viewed: there are {len(self.filled)}")
         other = self._like(1, slice(i, i + 1), lambda x: x[i : i + 1])
-        other.view = True
+        other.view = self, i
         return other
 
     @property
@@ -266,15 +266,27 @@ class KVCache:
         other.filled, other.most, other.places = self.filled[rows], self.most[rows], self.places
         return other
 
+    def _fits(self, layer, k):
+        """Whether keys like k can be stored in the buffers of a layer."""
+        kept = self.k[layer]
+        return kept is not None and (kept.dtype, kept.device, kept.shape[1::2]) == (k.dtype, k.device, k.shape[1::2])
+
     @torch.inference_mode(False)  # a buffer born in inference mode could never be written outside it
     def _allocate(self, layer, k):
+        if self.view:
+            whole, i = self.view
+            if not whole._fits(layer, k):
+                whole._allocate(layer, k)
+            self.k[layer], self.v[layer] = (buffers[layer][i : i + 1] for buffers in (whole.k, whole.v))
+            self.places = whole.places
+            return
         if any(self.filled):
             was, now = (x if x is None else f"{x.size(1)} heads of {x.size(3)}, {x.dtype}, {x.device}"
                         for x in (self.k[layer], k))
             raise ValueError(f"layer {layer} of the cache holds {was}, but the keys are now {now}: start again at "
                              f"start_pos=0")
         size = self.slots[layer].size
-        shape = self.batch_size or k.size(0), k.size(1), size, k.size(3)
+        shape = self.batch_size or max(k.size(0), len(self.filled)), k.size(1), size, k.size(3)
         self.k[layer] = torch.zeros(shape, dtype=k.dtype, device=k.device)
         self.v[layer] = torch.zeros_like(self.k[layer])
         if not self.slots[layer].evicts:

@@ -3,6 +3,7 @@ Generate text: one loop, and three ways to make its step cheap.
 
     python generate.py --model out/gpt-tiny --prompt "The if statement"
     python generate.py --model out/bart-headline --prompt-file article.txt
+    python generate.py --model out/bart-headline --prompts articles.txt
     echo "The for statement" | python generate.py --model out/gpt-tiny -
 
 The loop never changes: a step finds the next id of every row, and it is appended. A *strategy* is a step:
@@ -30,7 +31,7 @@ if __name__ == "__main__":
 import torch
 
 import cost
-from plumbing.checks import check_count, check_ids, prepare
+from plumbing.checks import check_count, check_ids, for_each, prepare
 from sampling import Choice, Chooser
 
 # -----------------------------------------------------------------------------
@@ -84,10 +85,10 @@ def project(model, encoded, lengths):
 
 
 # -----------------------------------------------------------------------------
-# The strategies. Each makes a step(rows, which) -> the new ids of each row, one or more. rows: lists of ids, the texts
-# so far; which: their numbers in the request, in order, because rows that have ended leave the batch. sources: None for
-# a GPT. B: prompts; the first step has all rows, n for each prompt, neighbours. room: positions of the longest row when
-# it is complete. choose: a Chooser.
+# The strategies. Each makes a step(rows, which) -> the new ids of each row, one or more, none if it waits. rows: lists
+# of ids, the texts so far; which: their numbers in the request, in order, because rows that have ended leave the batch.
+# sources: None for a GPT. B: prompts; the first step has all rows, n for each prompt, neighbours. room: positions of
+# the longest row when it is complete. choose: a Chooser.
 
 
 def windows(model, rows):
@@ -249,9 +250,10 @@ def stream(model, prompts, max_new_tokens, *, strategy="cached", decoder_prompts
     ends = [] if ignore_eos else model.config.end_ids
     forced = [choice[key] for key in ("forced_first", "forced_last") if choice.get(key) is not None]
     check_ids("the list of forced ids", [forced], choice.get("n_vocab") or model.config.vocab_size, least=0)
+    most = [n for n in for_each(max_new_tokens, rows) for _ in range(num_samples)]
     B, rows = len(rows), [row for row in rows for _ in range(num_samples)]
     starts, stopped = list(map(len, rows)), ends_with(stop, model.config.vocab_size)
-    limits = [start + max_new_tokens for start in starts]
+    limits = [start + n for start, n in zip(starts, most)]
     choose = Chooser(Choice(**choice), model.wte.weight.device, ends, limits)
     if not rows:
         return iter(())
@@ -268,11 +270,12 @@ def generate(model, prompts, max_new_tokens, **options):
     config.start_id, then the row of decoder_prompts, if given). A source must fit block_size; so must prompt +
     max_new_tokens, for BART 1 + decoder prompt + max_new_tokens, unless overflow="slide": see windows(). The cached
     strategy then computes what it still sees again, every block_size // 2 tokens; rules of Choice go on seeing all.
-    strategy: see the top of this file; all give the same tokens; one of your own will do as well, see find_strategy().
-    ignore_eos: an end of sequence ends no row. stop: sequences of ids, one of which ends a row when it stands at the
-    end of its new ids; or a function of these that says whether they are complete, as plumbing.tokenizers.Stops is for
-    texts. num_samples: rows from each prompt, which the cached strategy lets enter once for all of them. The other
-    options are fields of Choice: temperature=0.0 (greedy), top_k, seed and so on.
+    max_new_tokens: one number, or a list with one for each prompt. strategy: see the top of this file; all give the
+    same tokens; one of your own will do as well, see find_strategy(). ignore_eos: an end of sequence ends no row. stop:
+    sequences of ids, one of which ends a row when it stands at the end of its new ids; or a function of these that says
+    whether they are complete, as plumbing.tokenizers.Stops is for texts. num_samples: rows from each prompt, which the
+    cached strategy lets enter once for all of them. The other options are fields of Choice: temperature=0.0 (greedy),
+    top_k, seed and so on.
 
     The model may be in train mode and in use elsewhere, in other threads too: nothing of a decoding is kept on it, and
     there is no dropout where no gradients are recorded. Raises UserError (a ValueError) if the request is not possible,
@@ -288,7 +291,6 @@ def generate(model, prompts, max_new_tokens, **options):
 
 # -----------------------------------------------------------------------------
 # The command line
-
 
 def write_text(request):
     """Generate and print: one sample as it comes, several, which are one batch, at the end. Returns ids and seconds."""
@@ -326,7 +328,8 @@ def show_stats(request, rows, seconds):
           f"{1e3 * sum(later) / len(later):.2f} ms per step after it{kept}", file=sys.stderr)
 
 
-FURTHER = {"chat": "further.session"}  # a technique and its module
+# techniques that write the text in another way, and their modules, which are imported only then
+FURTHER = {"chat": "further.session", "prompts": "further.serve"}
 
 
 def main(args=None):

@@ -20,6 +20,14 @@ def check_count(name, value):
         raise UserError(f"{name}={value!r:.60} must be a whole number, at least 1 and less than 2**31")
 
 
+def for_each(max_new_tokens, rows):
+    """max_new_tokens as a list of one per row. Raises UserError on a list of another length."""
+    most = max_new_tokens if isinstance(max_new_tokens, list | tuple) else [max_new_tokens] * len(rows)
+    if len(most) != len(rows):
+        raise UserError(f"{len(most)} numbers max_new_tokens for {len(rows)} prompts: give one, or one for each")
+    return most
+
+
 def prepare(model, prompts, max_new_tokens, decoder_prompts, overflow="refuse"):
     """Check a request and sort it into sources (None for a GPT) and the B rows that the decoder continues."""
     prompts = list(prompts)  # a generator gives them once
@@ -36,11 +44,13 @@ def prepare(model, prompts, max_new_tokens, decoder_prompts, overflow="refuse"):
         raise UserError("decoder_prompts are for an encoder-decoder: a GPT continues its prompts themselves")
     if len(rows) != len(prompts):
         raise UserError(f"{len(rows)} decoder prompts for {len(prompts)} sources: give one for each")
-    check_count("max_new_tokens", max_new_tokens)
+    most = for_each(max_new_tokens, rows)
+    for n in most:
+        check_count("max_new_tokens", n)
     if overflow not in ("refuse", "slide"):
         raise UserError(f"overflow={overflow!r:.60} must be 'refuse' or 'slide'")
-    longest = max(map(len, rows), default=0)
-    if overflow == "refuse" and longest + max_new_tokens > config.block_size:
-        raise UserError(f"{longest} tokens and max_new_tokens={max_new_tokens} do not fit block_size="
-                        f"{config.block_size}: shorten the prompt, ask for fewer, or let it slide (--overflow slide)")
+    for row, n in zip(rows, most):
+        if overflow == "refuse" and len(row) + n > config.block_size:
+            raise UserError(f"{len(row)} tokens and max_new_tokens={n} do not fit block_size={config.block_size}: "
+                            f"shorten the prompt, ask for fewer, or let it slide (--overflow slide)")
     return sources, rows

@@ -1,14 +1,16 @@
 """The command line of generate.py, and what bench.py shares with it: arguments, a prompt, what publishers ask for."""
 
+import argparse
 import random
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 
-from plumbing.errors import REAL, WHOLE, Parser, UserError
+from plumbing.errors import REAL, WHOLE, Parser, UserError, naming
 from plumbing.files import decode, read_text
 from plumbing.models import random_model
+from plumbing.prompts import read_prompts
 from plumbing.tokenizers import Stops, StreamDecoder, Tokenizer, load_tokenizer
 from plumbing.utils import DTYPES, pick_device, set_seed
 from plumbing.weights import load_generation_config, load_model, locate
@@ -18,7 +20,8 @@ MAX_PROMPT = 2**24  # bytes
 MAX_SAMPLES = 1024  # rows of one batch
 DEFAULT_NEW_TOKENS = 100
 STRATEGY = "naive, hoisted (BART), cached, or MODULE:FUNCTION for one of your own"
-SOURCES = [["--model", "--prompt"], ["--model", "--prompt-file"], ["--model", "-"], ["--random", "--prompt-tokens"]]
+SOURCES = [["--model", "--prompt"], ["--model", "--prompt-file"], ["--model", "-"], ["--model", "--prompts"],
+           ["--random", "--prompt-tokens"]]
 CHATS = [["--model"], *SOURCES[:2]]  # standard input is what is said
 # keys of generation_config.json that change what is generated and that nothing here can honour, unless they are idle
 UNSUPPORTED = {"encoder_repetition_penalty": 1.0, "encoder_no_repeat_ngram_size": 0, "bad_words_ids": None,
@@ -46,6 +49,7 @@ class Request:
     live: bool                   # print the text as it comes
     stops: list                  # texts that end what is generated
     technique: str | None        # which of generate.FURTHER writes the text, if it is not the loop
+    lines: dict = field(default_factory=dict)  # of "prompts": the name of every line -> its own Request
 
     def decoder(self):
         return StreamDecoder(self.tokenizer, self.stops)
@@ -79,7 +83,7 @@ def add_arguments(parser):
     add("--seed", type=WHOLE, help="of what is drawn; default: different every time")
     # not every program has them
     parser.set_defaults(random=None, prompt_tokens=None, num_samples=1, rows=1, stats=False, no_stream=False, stop=[],
-                        chat=False)
+                        chat=False, prompts=None, batch_size=None)
 
 
 def add_random(parser):
@@ -111,6 +115,10 @@ def parse(doc, args=None):
     add("--chat", action="store_true", help="read lines from standard input, answer each")
     add("--stats", action="store_true", help="what it took, on standard error")
     add("--no-stream", action="store_true", help="print the text when it is complete")
+    add("--prompts", metavar="FILE", help="many prompts, one a line; or, in a .jsonl file, one JSON object a line: "
+        '{"prompt": TEXT, "decoder_prompt": TEXT, "max_new_tokens": M}, of which the last two may be left out. Printed '
+        "are JSON lines, in the order of the file")
+    add("--batch-size", type=WHOLE, metavar="N", help="of --prompts: how many at a time; default: 8")
     args = parser.parse_args(args)
     drawing = [name for name in ("top_k", "top_p", "min_p") if getattr(args, name)]
     if drawing and not args.temperature:
@@ -126,7 +134,7 @@ def check(args):
     if args.stdin not in (None, "-"):  # not argparse's `choices`, which would not name an unknown flag before it
         raise UserError(f"{args.stdin!r:.60} is no argument: - stands for standard input, a text goes behind --prompt")
     flags = {"model": "--model", "random": "--random", "prompt": "--prompt", "prompt_file": "--prompt-file",
-             "stdin": "-", "prompt_tokens": "--prompt-tokens"}
+             "stdin": "-", "prompts": "--prompts", "prompt_tokens": "--prompt-tokens"}
     given = [flag for name, flag in flags.items() if getattr(args, name) is not None]
     if args.chat:
         check_chat(args, given)
@@ -139,6 +147,12 @@ def check(args):
     for samples in (args.num_samples, args.rows):
         if not 1 <= samples <= MAX_SAMPLES:
             raise UserError(f"--num-samples {samples} must be from 1 to {MAX_SAMPLES}")
+    if args.batch_size is not None and (args.prompts is None or not 1 <= args.batch_size <= MAX_SAMPLES):
+        raise UserError(f"--batch-size {args.batch_size} must be from 1 to {MAX_SAMPLES}, with --prompts FILE")
+    for name, idle in ("num_samples", 1), ("strategy", "cached"), ("stats", False):
+        if args.prompts is not None and getattr(args, name) != idle:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} is for one prompt: leave it out, or "
+                            f"give --prompt in place of --prompts")
     if args.beams not in (None, 1):
         raise UserError(f"--beams {args.beams}: beam search is not part of this program yet, use --beams 1")
 
@@ -156,10 +170,33 @@ def check_chat(args, given):
 def read(args):
     """The Request that the arguments make. Raises UserError on whatever is wrong with them, the model or the prompt."""
     check(args)
-    given = lambda *keys: {key: value for key in keys if (value := getattr(args, key, None)) is not None}
-    choice = given("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
-    Choice(**choice).validate()
-    model, tokenizer, published = load(args)
+    Choice(**chosen(args)).validate()
+    texts = None if args.prompts is None else read_prompts(args.prompts)
+    loaded, lines = load(args), {}
+    if texts is None:
+        return ask(args, *loaded)
+    for name, line in texts.items():
+        with naming(name):
+            lines[name] = ask(argparse.Namespace(**vars(args) | line), *loaded)
+            first, least = (one.options["min_length"] for one in (next(iter(lines.values())), lines[name]))
+            if first != least:
+                raise UserError(f"min_new_tokens in generation_config.json asks for min_length={least} here and for "
+                                f"{first} in the first line: delete it there, or give prompts of one length")
+    options = {key: value for key, value in lines[name].options.items() if key not in ("strategy", "decoder_prompts")}
+    return replace(lines[name], technique="prompts", lines=lines, options=options)
+
+
+def given(args, *names):
+    """Of the arguments with these names, those that were given: what is left out has its own default."""
+    return {name: value for name in names if (value := getattr(args, name, None)) is not None}
+
+
+def chosen(args):
+    return given(args, "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+
+
+def ask(args, model, tokenizer, published):
+    """The Request for one prompt, of the model and what else load() returns."""
     prompt, ids = "", []
     if not args.chat or args.prompt is not None or args.prompt_file is not None:
         prompt, ids = read_prompt(args, model, tokenizer)
@@ -167,8 +204,8 @@ def read(args):
     start = max(1, model.config.starts(len(ids)) + len(begun))  # a chat has a token before it is answered
     max_new_tokens, rules = publishers_rules(args, model, tokenizer, published, start)
     # what an untrained model calls the end means nothing
-    options = {"ignore_eos": args.ignore_eos or args.random is not None, **rules, **choice}
-    options |= given("strategy", "num_samples", "overflow")
+    options = {"ignore_eos": args.ignore_eos or args.random is not None, **rules, **chosen(args)}
+    options |= given(args, "strategy", "num_samples", "overflow", "batch_size")
     if stops := read_stops(args, tokenizer, published):
         options["stop"] = Stops(tokenizer, stops)
     if begun:

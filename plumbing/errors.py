@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import sys
+from contextlib import contextmanager
 
 
 class UserError(ValueError):
@@ -17,6 +18,15 @@ class UserError(ValueError):
 
 class NonFiniteError(ArithmeticError):
     """A NaN or an infinity where a number was needed; going on would only spread it."""
+
+
+@contextmanager
+def naming(what):
+    """A mistake that is found in the block is said to be in `what`."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{what}: {error}") from None
 
 
 def plain(kind, name):

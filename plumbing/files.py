@@ -49,7 +49,12 @@ def decode(what, data):
 
 
 def read_json(path, max_bytes=MAX_BYTES):
-    """The object (a dict) in a JSON file. A key given twice is refused: readers disagree on which counts."""
+    """The object (a dict) in a JSON file."""
+    return json_object(path, read_text(path, max_bytes))
+
+
+def json_object(path, text):
+    """The object in a text of JSON, from `path`. A key given twice is refused: readers disagree on which counts."""
     def unique(pairs):
         if len(dict(pairs)) < len(pairs):
             twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
@@ -57,7 +62,7 @@ def read_json(path, max_bytes=MAX_BYTES):
         return dict(pairs)
 
     try:
-        value = json.loads(read_text(path, max_bytes), object_pairs_hook=unique)
+        value = json.loads(text, object_pairs_hook=unique)
     except RecursionError:
         raise UserError(f"{path} is nested too deeply to be read; it is no file of ours") from None
     except UserError:

@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 TESTS = ["tests/test_attention.py", "tests/test_schedules.py", "tests/test_model.py", "tests/test_generate.py",
          "tests/test_sampling.py", "tests/test_concat.py", "tests/test_sparse.py", "tests/test_gqa.py",
-         "tests/test_quality.py", "tests/test_samples.py", "tests/test_session.py"]
+         "tests/test_quality.py", "tests/test_samples.py", "tests/test_session.py", "tests/test_serve.py"]
 MUTANTS = {}
 
 
@@ -991,6 +991,40 @@ def a_row_that_slides_alone_reads_the_memory_of_the_first():
     @around(generate, "restart")
     def restart(original, model, texts, cache, memory):
         return original(model, texts, cache, memory and memory.take([0] * len(memory.kv[0][0])))
+
+
+def serving():
+    import further.serve
+    return further.serve
+
+
+@mutant
+def the_padding_of_a_source_is_read():
+    import torch
+
+    @around(serving(), "widened")
+    def widened(original, memory, N):
+        wide = original(memory, N)
+        return wide._replace(key_pos=torch.arange(N)[None])
+
+
+@mutant
+def a_new_source_is_as_long_as_the_one_before_it():
+    @around(serving(), "place")
+    def place(original, memory, i, own):
+        original(memory, i, own._replace(key_pos=memory.key_pos[i : i + 1].clone()))
+
+
+@mutant
+def a_text_begins_in_a_copy_of_its_row():
+    around(project()[1].KVCache, "row")(lambda original, self, i: original(self.fork(), i))
+
+
+@mutant
+def a_text_is_told_without_what_it_found_last():
+    @around(serving(), "ended")
+    def ended(original, steps):
+        return ((r, ids[:-1] or ids) for r, ids in original(steps))
 
 
 # -----------------------------------------------------------------------------

@@ -424,7 +424,7 @@ def test_what_is_no_row_cannot_be_viewed_and_counts_are_ones_own(seed):
     x, mha = seed
     cache = mha.cache = KVCache(3, 8)
     with pytest.raises(ValueError, match="row 0"):
-        cache.row(0)
+        KVCache(None, 8).row(0)
     mha(x, True)
     for row in (-1, 2, 3):
         with pytest.raises(ValueError, match=f"row {row}"):
@@ -436,6 +436,30 @@ def test_what_is_no_row_cannot_be_viewed_and_counts_are_ones_own(seed):
     for rows in ([0, 2], [-1], [0, 1, 0, 1]):
         with pytest.raises(ValueError, match="cannot make rows"):
             cache.reorder(rows)
+
+
+def test_rows_are_filled_one_by_one_before_a_batch_has_been_there(seed):
+    x, mha = seed
+    cache = KVCache(2, 8)
+    views = [cache.row(0), cache.row(1)]  # both before either has written
+    for row, T in ((1, 3), (0, 2)):
+        mha.cache = views[row]
+        mha(x[row : row + 1, :T], True)
+        if row == 0:
+            cache.filled = [2, 3]
+    kept, mha.cache = cache.k[0].data_ptr(), cache
+    y = mha(torch.stack([x[0, 2:3], x[1, 3:4]]), True, [2, 3])
+    assert torch.allclose(y[0], mha(x)[0, 2:3]) and torch.allclose(y[1], mha(x)[1, 3:4])
+    assert cache.k[0].data_ptr() == kept
+    mha.cache = cache.row(1)
+    with pytest.raises(ValueError, match="layer 0 .*float32, cpu, but the keys are now .*float64"):
+        mha.double()(x[1:, :1].double(), True)
+    cache = mha.cache = KVCache(None, 8)
+    mha(x.double(), True)
+    cache.rewind(0)
+    mha.cache = cache.row(1)
+    mha.float()(x[1:], True)  # the first row, which is not there yet, will have numbers of this kind
+    assert cache.k[0].shape[0] == 2 and cache.k[0].dtype == torch.float32
 
 
 def test_lengths_are_one_for_each_row():

@@ -104,7 +104,9 @@ GPT = "[model]\nn_layer = 1\nn_head = 2\nn_embd = 8\nblock_size = 24\nvocab_size
 BART = ('[model]\ntype = "bart"\nn_encoder_layer = 1\nn_decoder_layer = 1\nn_head = 2\nn_embd = 8\nblock_size = 12\n'
         'vocab_size = 40\n')
 FILES = {"gpt.toml": GPT, "bart.toml": BART, "huge.toml": GPT.replace("24", "9" * 12), "garbage.toml": "a = = 3",
-         "prompt.txt": "cab", "empty.txt": "", "latin.txt": "café"}
+         "prompt.txt": "cab", "empty.txt": "", "latin.txt": "café", "lines.txt": "cab\na\nabcdefgh\nb\n",
+         "lines.jsonl": '{"prompt": "cab"}\n{"prompt": "a", "max_new_tokens": 2}\n',
+         "odd.jsonl": '{"prompt": "a"}\n{"prompt": 1}'}
 
 
 @pytest.fixture(scope="module")
@@ -152,10 +154,11 @@ SHARED = {  # flags and values that are right, or nearly so
     "--seed": ["0", "1", "9" * 18, "9" * 19, "9" * 20, "-1"]}
 PROMPTS = {"--prompt": ["cab", "a", "the", "\n", "  ", "é😀", "abcdefgh"], "-": None,
            "--prompt-file": ["prompt.txt", "prompt.txt", "-", "latin.txt", "empty.txt"]}
+MANY = {"--prompts": ["lines.txt", "lines.jsonl", "prompt.txt", "odd.jsonl", "empty.txt"]}
 DECODER_PROMPT = {"--decoder-prompt": ["a", "cab", "", "Z", "abcdefgh"]}
 STRATEGY = {"--strategy": ["naive", "hoisted", "cached"]}
 FLAGS = {
-    "generate": SHARED | DECODER_PROMPT | STRATEGY | {
+    "generate": SHARED | DECODER_PROMPT | STRATEGY | MANY | {"--batch-size": ["1", "2", "1024", "1025"],
         "--temperature": ["0", "0.5", "1", "1e-9", "1e30", "1e300"], "--top-k": ["1", "3", "1000"], "--stats": None,
         "--top-p": ["0", "0.5", "1"], "--min-p": ["0", "0.1", "1"], "--no-stream": None,
         "--repetition-penalty": ["1", "1.3", "0.2", "1e-30", "1e18", "1e300"], "--chat": None,
@@ -192,7 +195,8 @@ def start(rng, section):
     units += [["--output", "page.html"]] * (section == "report")
     if section == "generate" or rng.random() < 0.5:
         units += [["--temperature", "1"]] * (section == "generate" and rng.random() < 0.5)
-        return units + [["--model", rng.choice(["gpt", "bart", "own", "run", "worn"])], flag(rng, PROMPTS)]
+        return units + [["--model", rng.choice(["gpt", "bart", "own", "run", "worn"])],
+                        flag(rng, PROMPTS | MANY if section == "generate" else PROMPTS)]
     name = rng.choice(["gpt.toml", "bart.toml", "huge.toml", *PRESETS])
     units += [["--random", name], ["--prompt-tokens", rng.choice("1234")]]
     sizes = TINY | dict.fromkeys(PRESETS[name], 1) if name in PRESETS else {}

@@ -174,7 +174,7 @@ class Schedule:
     def alone(self):
         """One row goes on through a view of it; whoever wrote there counts."""
         r = self.rng.randrange(len(self.rows))
-        if None not in self.cache.k[: self.cache.n_layer] and len(self.rows[r]) < self.length:
+        if len(self.rows[r]) < self.length:
             grown = self.rows[r] + self.ids(self.rng.randint(1, min(4, self.length - len(self.rows[r]))))
             memory = self.memory and self.memory.take([r * len(self.sources) // len(self.rows)])
             view = self.cache.row(r)
