@@ -20,7 +20,8 @@ from statistics import mean
 import torch
 
 from cost import FORMULAS, count, hooks, predict, rows_through, watch
-from generate import naive, prepare, stream
+from generate import naive, stream
+from plumbing.checks import prepare
 
 FALLS = 1e6   # so many times smaller is a difference in fp64 if it is rounding ...
 TINY = 1e-10  # ... or smaller than this, relative to the largest number beside it

@@ -30,7 +30,7 @@ class Choice:
     top_k: int | None = None            # keep the k most likely tokens
     top_p: float | None = None          # keep the most likely ones until they have probability p (Holtzman et al. 2019)
     min_p: float | None = None          # keep those at least this fraction as likely as the most likely one
-    seed: int | None = None             # of the draws; with it, a row's depend on its number and its logits alone
+    seed: int | None = None             # of the draws, each row's with its own number; None = different every time
     n_vocab: int | None = None          # ids from here on are never chosen: a model's vocabulary may be padded
     repetition_penalty: float = 1.0     # makes what is in the row less likely, above 1 (Keskar et al. 2019)
     min_length: int = 0                 # no end before a row has this many tokens, the decoder's start included
@@ -166,5 +166,6 @@ class Chooser:
             probs = probs / probs.sum(-1, keepdim=True)
             probs[:, 1:] *= keep(probs, value)[:, 1:]
         upto, where = probs.cumsum(-1), [[self.generator(r).random()] for r in which]  # in [0, 1)
-        hit = (upto > upto[:, -1:] * torch.tensor(where, dtype=upto.dtype, device=upto.device)) & (probs > 0)
+        hit = upto > upto[:, -1:] * torch.tensor(where, dtype=upto.dtype, device=upto.device)
+        hit &= probs > 0  # on a GPU a sum may grow by rounding where nothing is added
         return ids.gather(-1, hit.int().argmax(-1, keepdim=True))  # the first; if rounding leaves none, the likeliest
