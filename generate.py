@@ -188,6 +188,12 @@ def check_ids(what, rows, vocab_size, least=1):
                 raise UserError(f"{what} {r} has the id {i!r}: ids are integers from 0 to {vocab_size - 1}")
 
 
+def check_forced(choice, config):
+    """Raise UserError unless the ids that fields of Choice force are of the vocabulary."""
+    forced = [choice[key] for key in ("forced_first", "forced_last") if choice.get(key) is not None]
+    check_ids("the list of forced ids", [forced], choice.get("n_vocab") or config.vocab_size, least=0)
+
+
 def prepare(model, prompts, max_new_tokens, decoder_prompts):
     """Check a request and sort it into sources (None for a GPT) and the B rows that the decoder continues."""
     prompts = list(prompts)  # a generator gives them once
@@ -221,8 +227,7 @@ def stream(model, prompts, max_new_tokens, *, strategy="cached", decoder_prompts
     make = find_strategy(model, strategy)
     sources, rows = prepare(model, prompts, max_new_tokens, decoder_prompts)
     ends = [] if ignore_eos else model.config.end_ids
-    forced = [choice[key] for key in ("forced_first", "forced_last") if choice.get(key) is not None]
-    check_ids("the list of forced ids", [forced], choice.get("n_vocab") or model.config.vocab_size, least=0)
+    check_forced(choice, model.config)
     limits = [len(row) + max_new_tokens for row in rows]
     choose = Chooser(Choice(**choice), model.wte.weight.device, ends, limits)
     if not rows:
@@ -257,6 +262,8 @@ def generate(model, prompts, max_new_tokens, *, strategy="cached", decoder_promp
 
 # -----------------------------------------------------------------------------
 # The command line
+
+FURTHER = {"beams": "further.beam"}  # a technique and its module
 
 
 def write_text(request):
@@ -297,6 +304,8 @@ def show_stats(request, rows, seconds):
 def main(args=None):
     from plumbing import cli  # here: who imports the loop needs no command line
     request = cli.read(cli.parse(__doc__, args))
+    if request.technique:
+        return import_module(FURTHER[request.technique]).command(request)
     rows, seconds = write_text(request)
     if request.stats:
         show_stats(request, rows, seconds)

@@ -40,6 +40,7 @@ class Request:
     json: bool
     stats: bool
     live: bool                   # print the text as it comes
+    technique: str | None        # one of generate.FURTHER, which does it in place of generate(), and takes the options
 
     def decoder(self):
         return StreamDecoder(self.tokenizer)
@@ -60,7 +61,8 @@ def add_arguments(parser):
     add("--max-new-tokens", type=WHOLE, metavar="M", help=f"at most; default: {DEFAULT_NEW_TOKENS}, or what "
         f"fits: prompt + new tokens <= block_size; of a BART source <= block_size and 1 + new tokens <= block_size")
     add("--num-samples", type=WHOLE, default=1, metavar="N", help="texts from one prompt, as one batch")
-    add("--beams", type=WHOLE, metavar="N", help="1 = no beam search, whatever the model's generation_config.json says")
+    add("--beams", type=WHOLE, metavar="N", help="search with N beams for the best text; default: what the model's "
+        "generation_config.json says, or 1 = greedy")
     add("--ignore-eos", action="store_true", help="go on to --max-new-tokens")
     add("--json", action="store_true", help="for machines: one JSON object a line")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
@@ -87,6 +89,9 @@ def parse(doc, args=None):
     add("--top-k", type=WHOLE, metavar="K", help="draw among the K most likely tokens")
     add("--top-p", type=REAL, metavar="P", help="draw among the most likely tokens that have probability P together")
     add("--min-p", type=REAL, metavar="P", help="draw among tokens at least P times as likely as the most likely one")
+    add("--length-penalty", type=REAL, metavar="X", help="the score of a text of beams is log-probability / length ** X")
+    add("--early-stopping", choices=("true", "false", "never"), help="of beams: stop when N texts have ended; or when "
+        "what runs on could not beat them by ending there; or at no length")
     add("--stats", action="store_true", help="what it took, on standard error")
     add("--no-stream", action="store_true", help="print the text when it is complete")
     args = parser.parse_args(args)
@@ -114,8 +119,8 @@ def check(args):
         raise UserError(f"--prompt-tokens {args.prompt_tokens} must be at least 1")
     if not 1 <= args.num_samples <= MAX_SAMPLES:
         raise UserError(f"--num-samples {args.num_samples} must be from 1 to {MAX_SAMPLES}")
-    if args.beams not in (None, 1):
-        raise UserError(f"--beams {args.beams}: beam search is not part of this program yet, use --beams 1")
+    if args.beams is not None and not 1 <= args.beams <= MAX_SAMPLES:
+        raise UserError(f"--beams {args.beams} must be from 1 (greedy) to {MAX_SAMPLES}")
 
 
 def read(args):
@@ -128,13 +133,15 @@ def read(args):
     max_new_tokens, rules = publishers_rules(args, model, tokenizer, published, start)
     # what an untrained model calls the end means nothing
     options = {"ignore_eos": args.ignore_eos or args.random is not None, **rules}
+    beams = beam_options(args, published, rules["n_vocab"])
     given = {key: getattr(args, key, None) for key in ("strategy", "temperature", "top_k", "top_p", "min_p", "seed")}
+    given |= {"strategy": None} | beams if beams else {}
     options |= {key: value for key, value in given.items() if value is not None}  # what is left out has its own default
     if begun:
         options["decoder_prompts"] = [begun] * args.num_samples
     shown = args.decoder_prompt or "" if model.config.is_encoder_decoder else prompt
     return Request(model, tokenizer, prompt, ids, begun, shown, max_new_tokens, args.num_samples, options, args.json,
-                   args.stats, live=not args.no_stream and not args.json)
+                   args.stats, live=not args.no_stream and not args.json, technique="beams" if beams else None)
 
 
 def load(args):
@@ -202,12 +209,6 @@ def publishers_rules(args, model, tokenizer, published, start):
         if published.get(key, idle) not in (idle, None):
             raise UserError(f"generation_config.json asks for {key}={published[key]!r:.60}, which is not supported: "
                             f"delete it there to generate without")
-    beams = integer(published, "num_beams", 1)
-    if beams > 1 and args.beams is None:
-        others = [key for key in ("length_penalty", "early_stopping") if key in published]
-        others = "".join(f", {key}={published[key]!r:.60}" for key in others)
-        raise UserError(f"generation_config.json asks for num_beams={beams}{others}: beam search is not part of this "
-                        f"program yet, pass --beams 1 to decode greedily")
     config = model.config
     real = min(tokenizer.n_vocab, config.vocab_size) if tokenizer else config.vocab_size  # a vocabulary may be padded
     max_new_tokens = args.max_new_tokens
@@ -223,6 +224,33 @@ def publishers_rules(args, model, tokenizer, published, start):
         "forced_last": integer(published, "forced_eos_token_id", None, real),
         "forced_first": first if config.is_encoder_decoder else None,
         "n_vocab": real}
+
+
+def beam_options(args, published, n_vocab):
+    """
+    The arguments of beam_search() that the command line or a generation_config.json (as a dict) gives; none of them
+    without beams. Raises UserError on what does not go with them.
+    """
+    beams = integer(published, "num_beams", 1, MAX_SAMPLES + 1) if args.beams is None else args.beams
+    asked = f"--beams {beams}" if args.beams else f"num_beams={beams} in generation_config.json"
+    given = {key: getattr(args, key, None) for key in ("length_penalty", "early_stopping")}
+    for key, value in given.items():
+        if value is not None and beams < 2:
+            raise UserError(f"--{key.replace('_', '-')} {value} has no effect without beams: set --beams")
+    if beams < 2:
+        return {}
+    if not hasattr(args, "length_penalty"):
+        raise UserError(f"{asked}: a text is measured without beams here, pass --beams 1")
+    others = {"--strategy": args.strategy != "cached" and args.strategy, "--temperature": args.temperature,
+              "--num-samples": args.num_samples > 1 and args.num_samples}
+    for flag, value in others.items():
+        if value:
+            raise UserError(f"{flag} {value} does not go with {asked}, which find one text, nothing drawn, with a "
+                            f"cache: leave it out, or pass --beams 1")
+    if beams > n_vocab:
+        raise UserError(f"{asked} are more than the {n_vocab} tokens of the vocabulary: ask for fewer")
+    given["early_stopping"] = {"true": True, "false": False}.get(given["early_stopping"], given["early_stopping"])
+    return {"beams": beams} | {key: published.get(key) if value is None else value for key, value in given.items()}
 
 
 def integer(published, key, otherwise, below=2**31):

@@ -132,8 +132,22 @@ BAD_GENERATE = {  # arguments: what the line on stderr must name
     f"{GPT} --device quantum": "quantum",
     f"{GPT} --device cpu:x": "cpu:x",
     f"{GPT} --dtype int8": "int8",
-    f"{GPT} --beams 4": "--beams 4",
     f"{GPT} --beams 0": "--beams 0",
+    f"{GPT} --beams -1": "--beams -1",
+    f"{GPT} --beams 1000000": "from 1 (greedy) to 1024",
+    f"{GPT} --beams 1000": "--beams 1000 are more than the 25",
+    f"{GPT} --beams 4 --max-new-tokens 62": "block_size=64",
+    f"{GPT} --beams 4 --length-penalty nan": "length_penalty=nan",
+    f"{GPT} --beams 4 --length-penalty inf": "length_penalty=inf",
+    f"{GPT} --beams 4 --length-penalty -33": "length_penalty=-33.0",
+    f"{GPT} --beams 4 --length-penalty long": "long",
+    f"{GPT} --beams 4 --early-stopping perhaps": "perhaps",
+    f"{GPT} --length-penalty 2": "--length-penalty 2.0 has no effect without beams",
+    f"{GPT} --beams 1 --early-stopping true": "--early-stopping true has no effect without beams",
+    f"{GPT} --beams 4 --temperature 0.8": "--temperature 0.8 does not go with --beams 4",
+    f"{GPT} --beams 4 --temperature 1 --num-samples 2": "--beams 4",
+    f"{GPT} --beams 4 --num-samples 2": "--num-samples 2",
+    f"{GPT} --beams 4 --strategy naive": "--strategy naive does not go with --beams 4",
     f"{GPT} --top-k 5": "set --temperature",
     f"{GPT} --compare": "--compare",
     f"{GPT} --decoder-prompt the": "--decoder-prompt",
@@ -147,6 +161,8 @@ BAD_GENERATE = {  # arguments: what the line on stderr must name
 BAD_BENCH = {
     f"compare {GPT} --temperature 1": "--temperature",
     f"compare {GPT} --top-k 5": "--top-k",
+    f"compare {GPT} --beams 4": "--beams 4",
+    f"compare {GPT} --length-penalty 2": "--length-penalty",
     f"compare {GPT} --stats": "--stats",
     f"compare {GPT} --strategy naive": "--strategy",
     f"compare {GPT} --strategies cached,nonsense": "'nonsense'",
@@ -532,7 +548,9 @@ def published(tiny_bart, tmp_path):
 
 
 @pytest.mark.parametrize("lines", [
-    {"num_beams": 4, "length_penalty": 2.0}, {"num_beams": "four"}, {"num_beams": [4] * 1000}, {"repetition_penalty": 1.2},
+    {"num_beams": "four"}, {"num_beams": 1025}, {"length_penalty": float("nan"), "num_beams": 4},
+    {"length_penalty": "x", "num_beams": 4}, {"early_stopping": "x", "num_beams": 4},
+    {"early_stopping": 1, "num_beams": 4}, {"early_stopping": [True], "num_beams": 4}, {"num_beams": [4] * 1000}, {"repetition_penalty": 1.2},
     {"bad_words_ids": [[n] for n in range(1000)]}, {"min_length": -1}, {"max_length": 1.5}, {"no_repeat_ngram_size": "x"},
     {"forced_eos_token_id": [2]}, {"eos_token_id": [2, 500]}, {"eos_token_id": [500]},
     {"eos_token_id": "x"}, {"eos_token_id": -5}, {"eos_token_id": [-5]}, {"eos_token_id": ["x"]}, {"eos_token_id": []}, {"stop_strings": ["x"]}, {"typical_p": 0.9}, {"forced_bos_token_id": 10**6}, {"decoder_start_token_id": 10**6}], ids=str)
