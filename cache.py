@@ -211,8 +211,8 @@ class KVCache:
 
     def reorder(self, rows, since=0):
         """
-        Row i becomes what row rows[i] was, in place; fewer rows shrink the batch. since: before which position they are
-        alike already, as the beams of one prompt are. Raises ValueError if there is no such row, or no room for so many.
+        Row i becomes what row rows[i] was, in place; fewer rows shrink the batch. since: a position before which these
+        two are alike, as beams of one prompt are. Raises ValueError if there is no such row, or no room for so many.
         """
         self.settle()
         if len(rows) > (self.batch_size or len(self.filled)) or not all(0 <= r < len(self.filled) for r in rows):

@@ -60,10 +60,10 @@ def beam_search(model, prompts, max_new_tokens, *, beams, length_penalty=1.0, ea
     The best texts of each prompt: B lists of (score, new ids), the best first, at most `beams` of them.
 
     The arguments are those of generate(), but for temperature and the filters: nothing is drawn. beams=1 is greedy.
-    length_penalty: above 0 favours long texts, for a log-probability is negative. early_stopping: True, to stop when
-    `beams` texts have ended; False, also if the best that runs on could not beat the worst of them by ending here;
-    "never", if it could not at any length. Raises UserError if the request is not possible, before anything is computed;
-    NonFiniteError if the logits are no numbers, or the rules leave some text no token.
+    length_penalty: above 0 it favours long texts, for log-probabilities are negative. early_stopping: True, to stop
+    when `beams` texts have ended; False, when besides none that runs on would beat the worst of them by ending here;
+    "never", when none could at any length. Raises UserError if the request is not possible, before anything is
+    computed; NonFiniteError if the logits are no numbers, or the rules leave some text no token.
     """
     if type(beams) is not int or not 1 <= beams < 2**31:
         raise UserError(f"beams={beams!r:.60} must be a whole number, at least 1 (greedy) and less than 2**31")

@@ -89,9 +89,9 @@ def parse(doc, args=None):
     add("--top-k", type=WHOLE, metavar="K", help="draw among the K most likely tokens")
     add("--top-p", type=REAL, metavar="P", help="draw among the most likely tokens that have probability P together")
     add("--min-p", type=REAL, metavar="P", help="draw among tokens at least P times as likely as the most likely one")
-    add("--length-penalty", type=REAL, metavar="X", help="the score of a text of beams is log-probability / length ** X")
-    add("--early-stopping", choices=("true", "false", "never"), help="of beams: stop when N texts have ended; or when "
-        "what runs on could not beat them by ending there; or at no length")
+    add("--length-penalty", type=REAL, metavar="X", help="of beams: a text's score is log-probability / length ** X")
+    add("--early-stopping", choices=("true", "false", "never"), help="of beams: stop when N texts have ended; when "
+        "besides no other would beat them by ending there; when none could at any length")
     add("--stats", action="store_true", help="what it took, on standard error")
     add("--no-stream", action="store_true", help="print the text when it is complete")
     args = parser.parse_args(args)

@@ -1,7 +1,7 @@
 """
 Beam search: exact where it is wide enough to be, transformers' elsewhere, and with the cache what it is without.
 
-MINDECODE_CASES=100 for as many problems of each kind as were looked at once; 30 of those with transformers.
+MINDECODE_CASES=120 for as many problems of each kind, and 30 models of either kind beside transformers'.
 """
 
 import itertools
@@ -136,7 +136,7 @@ def test_texts_and_scores_are_those_of_transformers(seed, tmp_path):
         assert [ids for _, ids in texts] == [ids for _, ids in expected]
         assert max(abs(a - b) for (a, _), (b, _) in zip(texts, expected)) <= 1e-5
         looked |= {tuple(ids) for _, ids in texts}
-    assert len(looked) > CASES / 2  # or all of this would say little
+    assert len(looked) > CASES / 3  # or all of this would say little
 
 
 def test_every_setting_makes_a_difference():
@@ -176,7 +176,8 @@ def test_a_cache_changes_no_score_and_its_rows_do_move(block, moves):
     greedy = 0
     for seed in range(block * CASES, block * CASES + CASES):
         model, rng = lively(seed)
-        rows, options = prompts(model, rng, rng.randint(1, 3)), settings(rng) | dict(beams=rng.randint(3, 5), min_length=20)
+        rows = prompts(model, rng, rng.randint(2, 4))
+        options = settings(rng) | dict(beams=rng.randint(3, 5), min_length=20)
         moves.clear()
         cached = beam_search(model, rows, 12, **options)
         assert sum(moves) > 0, f"seed {seed}"
