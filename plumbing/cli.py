@@ -245,8 +245,8 @@ def beam_options(args, published, n_vocab):
               "--num-samples": args.num_samples > 1 and args.num_samples}
     for flag, value in others.items():
         if value:
-            raise UserError(f"{flag} {value} does not go with {asked}, which find one text, nothing drawn, with a "
-                            f"cache: leave it out, or pass --beams 1")
+            raise UserError(f"{flag} {value} does not go with {asked}: beams find one text, with a cache, and draw "
+                            f"nothing; leave it out, or pass --beams 1")
     if beams > n_vocab:
         raise UserError(f"{asked} are more than the {n_vocab} tokens of the vocabulary: ask for fewer")
     given["early_stopping"] = {"true": True, "false": False}.get(given["early_stopping"], given["early_stopping"])

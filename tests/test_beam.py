@@ -5,6 +5,7 @@ MINDECODE_CASES=120 for as many problems of each kind, and 30 models of either k
 """
 
 import itertools
+import json
 import os
 import random
 
@@ -12,7 +13,9 @@ import pytest
 import torch
 
 import further.beam as beam
+import generate as program
 from cache import KVCache
+from conftest import call
 from cost import count
 from further.beam import beam_search
 from generate import generate
@@ -48,8 +51,13 @@ def prompts(model, rng, n):
 
 def settings(rng):
     """Arguments of beam_search() that are often used."""
-    return dict(beams=rng.randint(2, 5), length_penalty=rng.choice([-1.0, 0.0, 0.5, 1.0, 2.0]), early_stopping=rng.choice(EARLY),
-                no_repeat_ngram=rng.choice([None, 3]), min_length=rng.choice([0, 6]), forced_last=rng.choice([None, 2]))
+    return dict(beams=rng.randint(2, 5), length_penalty=rng.choice([-1.0, 0.0, 0.5, 1.0, 2.0]),
+                early_stopping=rng.choice(EARLY))
+
+
+def rules(rng):
+    """Fields of Choice."""
+    return dict(no_repeat_ngram=rng.choice([None, 3]), min_length=rng.choice([0, 6]), forced_last=rng.choice([None, 2]))
 
 
 def differ(texts, others):
@@ -102,10 +110,9 @@ def test_where_it_is_wide_enough_it_finds_the_best_of_all_texts(seed):
 @pytest.mark.parametrize("seed", range(CASES))
 def test_one_beam_is_greedy(seed):
     model, rng = lively(seed)
-    rows, options = prompts(model, rng, 3), settings(rng) | dict(beams=1, early_stopping=seed % 3 == 0)
-    rules = {key: options[key] for key in ("no_repeat_ngram", "min_length", "forced_last")}
-    assert [[ids for _, ids in texts] for texts in beam_search(model, rows, 12, **options)] == \
-        [[ids] for ids in generate(model, rows, 12, **rules)]
+    rows, choice = prompts(model, rng, 3), rules(rng)
+    found = beam_search(model, rows, 12, **settings(rng) | dict(beams=1, early_stopping=seed % 3 == 0), **choice)
+    assert [[ids for _, ids in texts] for texts in found] == [[ids] for ids in generate(model, rows, 12, **choice)]
 
 
 @pytest.mark.parametrize("seed", range(min(CASES // 4, 30) * 2))
@@ -177,21 +184,21 @@ def test_a_cache_changes_no_score_and_its_rows_do_move(block, moves):
     for seed in range(block * CASES, block * CASES + CASES):
         model, rng = lively(seed)
         rows = prompts(model, rng, rng.randint(2, 4))
-        options = settings(rng) | dict(beams=rng.randint(3, 5), min_length=20)
+        choice = rules(rng) | {"min_length": 20}
+        options = settings(rng) | {"beams": rng.randint(3, 5)} | choice
         moves.clear()
         cached = beam_search(model, rows, 12, **options)
         assert sum(moves) > 0, f"seed {seed}"
         uncached = beam_search(model, rows, 12, use_cache=False, **options)
         assert max(map(differ, uncached, cached)) <= 1e-10, f"seed {seed}"
-        rules = {key: options[key] for key in ("no_repeat_ngram", "min_length", "forced_last")}
-        greedy += generate(model, rows, 12, **rules) == [texts[0][1] for texts in cached]
+        greedy += generate(model, rows, 12, **choice) == [texts[0][1] for texts in cached]
     assert greedy <= 0.7 * CASES
 
 
 @pytest.mark.parametrize("seed", range(CASES))
 def test_a_batch_of_ragged_prompts_finds_what_each_finds_alone(seed):
     model, rng = lively(seed)
-    rows, options = prompts(model, rng, 4), settings(rng)
+    rows, options = prompts(model, rng, 4), settings(rng) | rules(rng)
     starts = [[rng.randrange(12) for _ in range(rng.randint(0, 4))] for _ in rows] if seed % 2 else [None] * 4
     given = lambda starts: dict(options, decoder_prompts=starts) if seed % 2 else options
     together = beam_search(model, rows, 10, **given(starts))
@@ -261,7 +268,28 @@ def test_rows_that_are_alike_up_to_a_position_are_reordered_from_there():
 
 
 # -----------------------------------------------------------------------------
-# Refusals
+# The command line, and refusals
+
+
+def test_the_command_line_prints_the_best_text(tiny_gpt, tiny_bart):
+    for (model, tokenizer, path), shown in (tiny_gpt, "the "), (tiny_bart, ""):
+        def line(*args):
+            outcome = call(program.main, "--model", path, "--prompt", prompt, "--max-new-tokens", 8, "--device", "cpu", *args)
+            assert outcome.code == 0, outcome
+            return outcome
+
+        prompt = shown or "abcd"
+        [[(score, ids), *_]] = beam_search(model, [tokenizer.encode(prompt)], 8, beams=3, length_penalty=0.5,
+                                           early_stopping=True)
+        flags = ["--beams", 3, "--length-penalty", 0.5, "--early-stopping", "true"]
+        text = tokenizer.decode(ids)
+        assert line(*flags).out == shown + text + "\n"
+        assert json.loads(line(*flags, "--json").out) == {"prompt": prompt, "text": text, "ids": ids, "score": score}
+        assert line("--beams", 1) == line()
+        told = line(*flags, "--stats")
+        assert told.out == shown + text + "\n" and told.err.count("\n") == 1
+        assert f"{len(ids)} new tokens, the best of 3 beams" in told.err
+        assert len(json.loads(line("--beams", 2, "--ignore-eos", "--json").out)["ids"]) == 8
 
 
 @pytest.mark.parametrize("options", [
@@ -290,6 +318,15 @@ def test_caches_that_do_not_fit_the_memory_are_refused_before_anything_is_comput
                 assert cost.steps == 0
             else:
                 assert len(beam_search(model, [[4, 5], [6]], 9, beams=3)) == 2
+
+
+def test_padding_of_a_vocabulary_is_never_found():
+    model, rng = lively(8)
+    rows = prompts(model, rng, 3)
+    texts = [text for own in beam_search(model, rows, 9, beams=4, n_vocab=9) for text in own]
+    assert {i for _, ids in texts for i in ids} <= set(range(9)) and len(texts) == 12
+    plain = [ids for own in beam_search(model, rows, 9, beams=4) for _, ids in own]
+    assert max(max(ids) for ids in plain) >= 9
 
 
 def test_no_prompts_have_no_texts_and_numbers_that_are_none_are_an_error():

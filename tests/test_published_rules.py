@@ -9,6 +9,7 @@ import random
 import pytest
 import torch
 
+import bench
 import generate as program
 from conftest import call
 from generate import generate
@@ -91,6 +92,15 @@ def trained(tiny_bart, tmp_path):
     rules = CNN | {"min_length": 9, "max_length": 12, "no_repeat_ngram_size": 2}
     (tmp_path / "generation_config.json").write_text(json.dumps(rules))
     return tmp_path
+
+
+def test_beams_are_not_measured_and_not_ignored(trained):
+    for section in "compare", "trace":
+        outcome = call(bench.main, section, "--model", trained, "--prompt", "abc")
+        assert outcome.code == 2 and not outcome.out and outcome.err.count("\n") == 1
+        assert "num_beams=4 in generation_config.json" in outcome.err and "--beams 1" in outcome.err
+    outcome = call(program.main, "--model", trained, "--prompt", "abc", "--temperature", 1)
+    assert outcome.code == 2 and "num_beams=4" in outcome.err and "--beams 1" in outcome.err
 
 
 def test_the_command_line_writes_what_transformers_writes(trained):
