@@ -8,10 +8,10 @@ A step extends each of the n texts by every token, and the n best extensions run
 and others die out, so rows of the cache become others, in place (KVCache.reorder). The source stands still: n beams are
 n neighbouring rows, which to its Memory are n more queries (CrossAttention.forward).
 
-The score of a text is its log-probability / length ** length_penalty, in nats; its length are its new ids, the end
-included. Which texts may end and when the search does is as in transformers (generation/utils.py, _beam_search), so
-that published models write what they wrote when they were published. Shapes: S sources that are still searched, n beams
-(1 in the first step), V vocabulary.
+The score of a text is its log-probability / length ** length_penalty, in nats; its length counts the new ids, the end
+included. Which texts may end, and when the search does, is as in transformers (generation/utils.py, _beam_search), so
+that a published model writes what its publishers saw it write. Shapes: S prompts that are still searched, n beams (1 in
+the first step), V vocabulary.
 """
 
 import json
@@ -59,7 +59,8 @@ def beam_search(model, prompts, max_new_tokens, *, beams, length_penalty=1.0, ea
     """
     The best texts of each prompt: B lists of (score, new ids), the best first, at most `beams` of them.
 
-    The arguments are those of generate(), but for temperature and the filters: nothing is drawn. beams=1 is greedy.
+    The arguments are those of generate(), but for temperature and the filters: nothing is drawn. beams=1 is greedy, though
+    with "never" it may look on behind the end of a text.
     length_penalty: above 0 it favours long texts, for log-probabilities are negative. early_stopping: True, to stop
     when `beams` texts have ended; False, when besides none that runs on would beat the worst of them by ending here;
     "never", when none could at any length. Raises UserError if the request is not possible, before anything is
@@ -78,7 +79,7 @@ def beam_search(model, prompts, max_new_tokens, *, beams, length_penalty=1.0, ea
     choose = Chooser(Choice(**choice), model.wte.weight.device, ends, limits)
     if choose.choice.temperature:
         raise UserError(f"temperature={choose.choice.temperature} draws, and beam search does not: leave it out, or "
-                        f"set beams to 1 and generate()")
+                        f"call generate()")
     found = [Finished(beams, max_new_tokens, length_penalty, early_stopping) for _ in rows]
     if rows:
         check_memory(model, beams * len(rows), max(limits))
