@@ -213,19 +213,20 @@ class KVCache:
             self.k, self.v = [None] * len(self.k), [None] * len(self.k)
         self._each(lambda x: x.index_fill_(0, torch.tensor(rows, device=x.device), 0))
 
-    def reorder(self, rows):
+    def reorder(self, rows, since=0):
         """
-        Row i becomes what row rows[i] was, in place; fewer rows shrink the batch. Raises ValueError if there is no such
-        row, or no room for so many.
+        Row i becomes what row rows[i] was, in place; fewer rows shrink the batch. since: a position before which these
+        two are alike, as beams of one prompt are. Raises ValueError if there is no such row, or no room for so many.
         """
         self.settle()
         if len(rows) > (self.batch_size or len(self.filled)) or not all(0 <= r < len(self.filled) for r in rows):
             raise ValueError(f"cannot make rows {rows} of {len(self.filled)} in a cache of {self.batch_size}")
         moved = [i for i, row in enumerate(rows) if i != row]
-        top = LONG if any(slots.evicts for slots in self.slots) else max(self.filled, default=0)  # slots in use
+        evicts = any(slots.evicts for slots in self.slots)
+        used = slice(0, LONG) if evicts else slice(since, max(self.filled, default=0))  # slots that differ
         if moved:
             source = [rows[i] for i in moved]
-            self._each(lambda x: x[:, :, :top].index_copy_(0, torch.tensor(moved, device=x.device), x[source, :, :top]))
+            self._each(lambda x: x[:, :, used].index_copy_(0, torch.tensor(moved, device=x.device), x[source, :, used]))
         self.filled, self.most = ([counts[row] for row in rows] for counts in (self.filled, self.most))
 
     @torch.inference_mode(False)  # as in _allocate

@@ -31,7 +31,7 @@ if __name__ == "__main__":
 import torch
 
 import cost
-from plumbing.checks import check_count, check_ids, for_each, prepare
+from plumbing.checks import check_count, check_forced, check_ids, for_each, prepare
 from sampling import Choice, Chooser
 
 # -----------------------------------------------------------------------------
@@ -248,8 +248,7 @@ def stream(model, prompts, max_new_tokens, *, strategy="cached", decoder_prompts
     sources, rows = prepare(model, prompts, max_new_tokens, decoder_prompts, overflow)
     check_count("num_samples", num_samples)
     ends = [] if ignore_eos else model.config.end_ids
-    forced = [choice[key] for key in ("forced_first", "forced_last") if choice.get(key) is not None]
-    check_ids("the list of forced ids", [forced], choice.get("n_vocab") or model.config.vocab_size, least=0)
+    check_forced(choice, model.config)
     most = [n for n in for_each(max_new_tokens, rows) for _ in range(num_samples)]
     B, rows = len(rows), [row for row in rows for _ in range(num_samples)]
     starts, stopped = list(map(len, rows)), ends_with(stop, model.config.vocab_size)
@@ -329,7 +328,7 @@ def show_stats(request, rows, seconds):
 
 
 # techniques that write the text in another way, and their modules, which are imported only then
-FURTHER = {"chat": "further.session", "prompts": "further.serve"}
+FURTHER = {"beams": "further.beam", "chat": "further.session", "prompts": "further.serve"}
 
 
 def main(args=None):

@@ -21,7 +21,8 @@ from tqdm import tqdm
 import cost
 from attention import NOWHERE
 from cache import Memory
-from generate import advance, encode, pad, prepare, project, stream
+from generate import advance, encode, pad, project, stream
+from plumbing.checks import prepare
 from plumbing.errors import UserError, naming
 from plumbing.models import free_memory
 

@@ -15,6 +15,12 @@ def check_ids(what, rows, vocab_size, least=1):
                 raise UserError(f"{what} {r} has the id {i!r}: ids are integers from 0 to {vocab_size - 1}")
 
 
+def check_forced(choice, config):
+    """Raise UserError unless the ids that fields of Choice force are of the vocabulary."""
+    forced = [choice[key] for key in ("forced_first", "forced_last") if choice.get(key) is not None]
+    check_ids("the list of forced ids", [forced], choice.get("n_vocab") or config.vocab_size, least=0)
+
+
 def check_count(name, value):
     if type(value) is not int or not 1 <= value < 2**31:
         raise UserError(f"{name}={value!r:.60} must be a whole number, at least 1 and less than 2**31")

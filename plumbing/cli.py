@@ -75,7 +75,8 @@ def add_arguments(parser):
     add("--decoder-prompt", metavar="TEXT", help="what a BART's text begins with")
     add("--max-new-tokens", type=WHOLE, metavar="M", help=f"at most; default: {DEFAULT_NEW_TOKENS}, or what "
         f"fits: prompt + new tokens <= block_size; of a BART source <= block_size and 1 + new tokens <= block_size")
-    add("--beams", type=WHOLE, metavar="N", help="1 = no beam search, whatever the model's generation_config.json says")
+    add("--beams", type=WHOLE, metavar="N", help="search with N beams for the best text; default: what the model's "
+        "generation_config.json says, or 1 = greedy")
     add("--ignore-eos", action="store_true", help="go on to --max-new-tokens")
     add("--json", action="store_true", help="for machines: one JSON object a line")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
@@ -113,6 +114,9 @@ def parse(doc, args=None):
     add("--stop", action="append", default=[], metavar="TEXT", help="end before this text, taken as it stands (no \\n "
         "becomes a line end), which is not printed; may be given several times")
     add("--chat", action="store_true", help="read lines from standard input, answer each")
+    add("--length-penalty", type=REAL, metavar="X", help="of beams: a text's score is log-probability / length ** X")
+    add("--early-stopping", choices=("true", "false", "never"), help="of beams: stop when N texts have ended; when "
+        "besides no other would beat them by ending there; when none could at any length")
     add("--stats", action="store_true", help="what it took, on standard error")
     add("--no-stream", action="store_true", help="print the text when it is complete")
     add("--prompts", metavar="FILE", help="many prompts, one a line; or, in a .jsonl file, one JSON object a line: "
@@ -153,8 +157,8 @@ def check(args):
         if args.prompts is not None and getattr(args, name) != idle:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} is for one prompt: leave it out, or "
                             f"give --prompt in place of --prompts")
-    if args.beams not in (None, 1):
-        raise UserError(f"--beams {args.beams}: beam search is not part of this program yet, use --beams 1")
+    if args.beams is not None and not 1 <= args.beams <= MAX_SAMPLES:
+        raise UserError(f"--beams {args.beams} must be from 1 (greedy) to {MAX_SAMPLES}")
 
 
 def check_chat(args, given):
@@ -208,12 +212,14 @@ def ask(args, model, tokenizer, published):
     options |= given(args, "strategy", "num_samples", "overflow", "batch_size")
     if stops := read_stops(args, tokenizer, published):
         options["stop"] = Stops(tokenizer, stops)
+    if beams := beam_options(args, published, rules["n_vocab"], stops):
+        options = {key: value for key, value in options.items() if key not in ("strategy", "num_samples", "overflow")}
     if begun:
         options["decoder_prompts"] = [begun] * args.rows
     shown = args.decoder_prompt or "" if model.config.is_encoder_decoder else prompt
-    return Request(model, tokenizer, prompt, ids, begun, shown, max_new_tokens, args.num_samples, args.rows, options,
-                   args.json, args.stats, live=not args.no_stream and not args.json, stops=stops,
-                   technique="chat" if args.chat else None)
+    return Request(model, tokenizer, prompt, ids, begun, shown, max_new_tokens, args.num_samples, args.rows,
+                   options | beams, args.json, args.stats, live=not args.no_stream and not args.json, stops=stops,
+                   technique="chat" if args.chat else "beams" if beams else None)
 
 
 def load(args):
@@ -293,12 +299,6 @@ def publishers_rules(args, model, tokenizer, published, start):
         if published.get(key, idle) not in (idle, None):
             raise UserError(f"generation_config.json asks for {key}={published[key]!r:.60}, which is not supported: "
                             f"delete it there to generate without")
-    beams = integer(published, "num_beams", 1)
-    if beams > 1 and args.beams is None:
-        others = [key for key in ("length_penalty", "early_stopping") if key in published]
-        others = "".join(f", {key}={published[key]!r:.60}" for key in others)
-        raise UserError(f"generation_config.json asks for num_beams={beams}{others}: beam search is not part of this "
-                        f"program yet, pass --beams 1 to decode greedily")
     config = model.config
     real = min(tokenizer.n_vocab, config.vocab_size) if tokenizer else config.vocab_size  # a vocabulary may be padded
     max_new_tokens = args.max_new_tokens
@@ -316,6 +316,35 @@ def publishers_rules(args, model, tokenizer, published, start):
         "forced_last": integer(published, "forced_eos_token_id", None, real),
         "forced_first": first if config.is_encoder_decoder else None,
         "n_vocab": real}
+
+
+def beam_options(args, published, n_vocab, stops):
+    """
+    The arguments of beam_search() that the command line or a generation_config.json (as a dict) gives; none of them
+    without beams. Raises UserError on what does not go with them.
+    """
+    beams = integer(published, "num_beams", 1, MAX_SAMPLES + 1) if args.beams is None else args.beams
+    asked = f"--beams {beams}" if args.beams else f"num_beams={beams} in generation_config.json"
+    given = {key: getattr(args, key, None) for key in ("length_penalty", "early_stopping")}
+    for key, value in given.items():
+        if value is not None and beams < 2:
+            raise UserError(f"--{key.replace('_', '-')} {value} has no effect without beams: set --beams")
+    if beams < 2:
+        return {}
+    if not hasattr(args, "length_penalty"):
+        raise UserError(f"{asked}: a text is measured without beams here, pass --beams 1")
+    others = {"--strategy": args.strategy != "cached" and args.strategy, "--temperature": args.temperature,
+              "--num-samples": args.num_samples > 1 and args.num_samples, "a stop": stops, "--chat": args.chat,
+              "--prompts": args.prompts, "--overflow": args.overflow == "slide" and args.overflow}
+    for flag, value in others.items():
+        if value:
+            raise UserError(f"{flag} {value} does not go with {asked}: beams find one text, with a cache, and draw "
+                            f"nothing; leave it out, or pass --beams 1")
+    if beams > n_vocab:
+        raise UserError(f"{asked} are more than the {n_vocab} tokens of the vocabulary: ask for fewer")
+    given["early_stopping"] = {"true": True, "false": False}.get(given["early_stopping"], given["early_stopping"])
+    rest = {key: published.get(key) if value is None else value for key, value in given.items()}
+    return {"beams": beams} | {key: value for key, value in rest.items() if value is not None}
 
 
 def integer(published, key, otherwise, below=2**31):

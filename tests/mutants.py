@@ -23,7 +23,8 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 TESTS = ["tests/test_attention.py", "tests/test_schedules.py", "tests/test_model.py", "tests/test_generate.py",
          "tests/test_sampling.py", "tests/test_concat.py", "tests/test_sparse.py", "tests/test_gqa.py",
-         "tests/test_quality.py", "tests/test_samples.py", "tests/test_session.py", "tests/test_serve.py"]
+         "tests/test_quality.py", "tests/test_samples.py", "tests/test_session.py", "tests/test_serve.py",
+         "tests/test_beam.py"]
 MUTANTS = {}
 
 
@@ -1025,6 +1026,51 @@ def a_text_is_told_without_what_it_found_last():
     @around(serving(), "ended")
     def ended(original, steps):
         return ((r, ids[:-1] or ids) for r, ids in original(steps))
+
+
+# -----------------------------------------------------------------------------
+# Beams: what goes wrong in a search alone, where the tests of the cache itself cannot see it
+
+
+def beams_reorder(reorder):
+    """reorder(original, cache, rows) in place of KVCache.reorder, where a search calls it and no prompt leaves."""
+    _, cache, *_ = project()
+
+    @around(cache.KVCache, "reorder")
+    def put(original, self, rows, since=None):
+        if since is None or len(rows) != len(self.filled):
+            return original(self, rows, since or 0)
+        reorder(lambda self, rows: original(self, rows, since), self, rows)
+
+
+@mutant
+def beams_are_not_reordered():
+    beams_reorder(lambda original, self, rows: None)
+
+
+@mutant
+def beams_take_their_keys_along_but_not_their_values():
+    def reorder(original, self, rows):
+        values = [None if v is None else v.clone() for v in self.v]
+        original(self, rows)
+        self.v = values
+
+    beams_reorder(reorder)
+
+
+@mutant
+def beams_are_reordered_the_other_way():
+    beams_reorder(lambda original, self, rows: original(
+        self, [rows.index(row) if row in rows else row for row in range(len(rows))]))
+
+
+@mutant
+def the_best_running_text_is_judged_as_if_it_were_longer():
+    from further import beam
+
+    @around(beam.Finished, "complete")
+    def complete(original, self, total, length):
+        return original(self, total, length + 1)
 
 
 # -----------------------------------------------------------------------------

@@ -149,7 +149,7 @@ ODD = ["", " ", "-", "--", "0", "-0", "-1", "1", "2", "1.5", "-1e-3", "1e9", "1e
        "empty", "gpt.toml", "garbage.toml", "prompt.txt", "latin.txt"]
 SHARED = {  # flags and values that are right, or nearly so
     "--max-new-tokens": ["1", "2", "5", "11", "24", "100"], "--num-samples": ["1", "2", "3", "40", "1025"],
-    "--beams": ["1", "2"], "--ignore-eos": None, "--json": None, "--device": ["cpu", "cpu:0", "meta"],
+    "--beams": ["1", "2", "3", "40"], "--ignore-eos": None, "--json": None, "--device": ["cpu", "cpu:0", "meta"],
     "--dtype": ["float32", "float64", "bfloat16", "float16", "int8"],
     "--seed": ["0", "1", "9" * 18, "9" * 19, "9" * 20, "-1"]}
 PROMPTS = {"--prompt": ["cab", "a", "the", "\n", "  ", "é😀", "abcdefgh"], "-": None,
@@ -162,7 +162,8 @@ FLAGS = {
         "--temperature": ["0", "0.5", "1", "1e-9", "1e30", "1e300"], "--top-k": ["1", "3", "1000"], "--stats": None,
         "--top-p": ["0", "0.5", "1"], "--min-p": ["0", "0.1", "1"], "--no-stream": None,
         "--repetition-penalty": ["1", "1.3", "0.2", "1e-30", "1e18", "1e300"], "--chat": None,
-        "--stop": ["a", "b", "é", "\n", "ab"], "--overflow": ["refuse", "slide", "slide"]},
+        "--stop": ["a", "b", "é", "\n", "ab"], "--overflow": ["refuse", "slide", "slide"],
+        "--length-penalty": ["0", "1", "-2", "1e9"], "--early-stopping": ["true", "false", "never"]},
     "compare": SHARED,
     "trace": SHARED | DECODER_PROMPT | STRATEGY,
     "report": SHARED | {"--output": ["page.html", "gpt.toml", "none/page.html", "empty"]},
@@ -265,7 +266,7 @@ VALUES = [None, True, False, 0, 1, -1, 2, 3, 7, 99, 1.5, -0.5, 1e-9, 1e308, 2**2
           [[1]], [None, None], {}, {"a": 1}, "F16", "I64", "BF16"]
 NAMES = [key for fields in (GPT_FIELDS, BART_FIELDS) for _, *theirs in fields.values() for key in theirs]
 NAMES += [*GPT_FIXED, *BART_FIXED, "model_type", "architectures", "files", "added_tokens", "normalizer", "__metadata__"]
-PUBLISHED = [*UNSUPPORTED, "repetition_penalty", "num_beams", "max_length", "max_new_tokens", "min_length", "min_new_tokens",
+PUBLISHED = [*UNSUPPORTED, "repetition_penalty", "num_beams", "length_penalty", "early_stopping", "max_length", "max_new_tokens", "min_length", "min_new_tokens",
              "eos_token_id", "no_repeat_ngram_size", "forced_bos_token_id", "forced_eos_token_id", "decoder_start_token_id", "stop_strings"]
 PIECES = [b"", b"\xff", b"\0", b"9" * 30, b"-", b"[" * 100_000, b'"', b"\xef\xbb\xbf", b"\n", b" ", b"{}", b"1e999",
           b"\xed\xa0\x80"]
@@ -387,7 +388,7 @@ def directory(rng, folder):
     if rng.random() < 0.2:
         return bench.main, rng.choice([["compare"], ["trace"], ["report", "--output", "page.html"]]) + words
     return generate.main, words + rng.choice([[], [], ["--temperature", "1", "--seed", "0"], ["--dtype", "float16"],
-                                              ["--strategy", "naive"], ["--json"], ["--stats"], ["--beams", "1"]])
+                                              ["--strategy", "naive"], ["--json"], ["--stats"], ["--beams", "1"], ["--beams", "3"]])
 
 
 def test_a_directory_that_nobody_would_save_is_used_or_refused(places, tmp_path, monkeypatch):

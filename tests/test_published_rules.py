@@ -9,6 +9,7 @@ import random
 import pytest
 import torch
 
+import bench
 import generate as program
 from conftest import call
 from generate import generate
@@ -42,12 +43,17 @@ def eager(seed):
     return model
 
 
-def greedy(model, row, **changes):
-    """transformers' greedy tokens by the rules of the model's own generation_config."""
+def published_tokens(model, row, **changes):
+    """transformers' tokens by the rules of the model's own generation_config, up to the first end."""
     row = torch.tensor([row])
     with torch.no_grad():
-        out = model.generate(row, attention_mask=torch.ones_like(row), num_beams=1, do_sample=False, **changes)
-    return out[0, 1:].tolist()
+        new = model.generate(row, attention_mask=torch.ones_like(row), do_sample=False, **changes)[0, 1:].tolist()
+    return new[: new.index(2) + 1] if 2 in new else new  # the best of beams may be shorter than another
+
+
+def greedy(model, row):
+    """The same, without beams."""
+    return published_tokens(model, row, num_beams=1)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -89,11 +95,13 @@ def trained(tiny_bart, tmp_path):
     return tmp_path
 
 
-def test_beams_are_refused_by_name_and_decoding_greedily_must_be_asked_for(trained):
-    outcome = call(program.main, "--model", trained, "--prompt", "abc")
-    assert outcome.code == 2 and not outcome.out and outcome.err.count("\n") == 1
-    for word in ("num_beams=4", "length_penalty=2.0", "early_stopping=True", "--beams 1"):
-        assert word in outcome.err
+def test_beams_are_not_measured_and_not_ignored(trained):
+    for section in "compare", "trace":
+        outcome = call(bench.main, section, "--model", trained, "--prompt", "abc")
+        assert outcome.code == 2 and not outcome.out and outcome.err.count("\n") == 1
+        assert "num_beams=4 in generation_config.json" in outcome.err and "--beams 1" in outcome.err
+    outcome = call(program.main, "--model", trained, "--prompt", "abc", "--temperature", 1)
+    assert outcome.code == 2 and "num_beams=4" in outcome.err and "--beams 1" in outcome.err
 
 
 def test_the_command_line_writes_what_transformers_writes(trained):
@@ -105,3 +113,24 @@ def test_the_command_line_writes_what_transformers_writes(trained):
         new = json.loads(outcome.out)
         assert new["ids"] == greedy(model, tokenizer.encode(text)) and len(new["ids"]) >= 9 and new["ids"][0] == 0
         assert new["text"] == tokenizer.decode(new["ids"], skip_special_tokens=True)
+
+
+def test_no_flag_is_needed_for_any_of_these_rules(trained):
+    model = transformers.BartForConditionalGeneration.from_pretrained(trained).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(trained)
+    changed = dict.fromkeys(["num_beams", "length_penalty", "min_length", "no_repeat_ngram_size"], 0)
+    for text in ("abc", "zebra", "qq", "edcba", "xyx", "m"):
+        outcome = call(program.main, "--model", trained, "--prompt", text, "--json", "--device", "cpu")
+        assert outcome.code == 0 and outcome.err == "", outcome
+        new, row = json.loads(outcome.out), tokenizer.encode(text)
+        assert new["ids"] == published_tokens(model, row) and new["score"] < 0
+        assert new["text"] == tokenizer.decode(new["ids"], skip_special_tokens=True)
+        plain = call(program.main, "--model", trained, "--prompt", text, "--device", "cpu")
+        assert plain.out == new["text"] + "\n"
+        for flag, value in ("--length-penalty", 0.5), ("--early-stopping", "never"), ("--beams", 2):
+            outcome = call(program.main, "--model", trained, "--prompt", text, "--json", "--device", "cpu", flag, value)
+            key = {"--beams": "num_beams"}.get(flag, flag[2:].replace("-", "_"))
+            assert json.loads(outcome.out)["ids"] == published_tokens(model, row, **{key: value})
+        for key, off in ("num_beams", 1), ("min_length", 0), ("no_repeat_ngram_size", 0), ("length_penalty", -3.0):
+            changed[key] += published_tokens(model, row, **{key: off}) != new["ids"]
+    assert min(changed.values()) >= 2, changed  # each of them matters

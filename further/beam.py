@@ -1,0 +1,146 @@
+"""
+Beam search: run with the n most likely texts instead of one, and let those that have ended compete.
+
+    python generate.py --model facebook/bart-large-cnn --prompt-file article.txt
+    python generate.py --model out/bart-headline --prompt-file article.txt --beams 4 --length-penalty 2
+
+A step extends each of the n texts by every token, and the n best extensions run on. Several may descend from one text,
+and others die out, so rows of the cache become others, in place (KVCache.reorder). The source stands still: n beams are
+n neighbouring rows, which to its Memory are n more queries (CrossAttention.forward).
+
+The score of a text is its log-probability / length ** length_penalty, in nats; its length counts the new ids, the end
+included. Which texts may end, and when the search does, is as in transformers (generation/utils.py, _beam_search), so
+that a published model writes what its publishers saw it write. Shapes: S prompts that are still searched, n beams (1 in
+the first step), V vocabulary.
+"""
+
+import json
+import math
+import sys
+import time
+from dataclasses import dataclass, field
+
+import torch
+
+from cost import predict
+from generate import advance, encode, project
+from plumbing.checks import check_forced, prepare
+from plumbing.errors import UserError
+from plumbing.models import free_memory
+from sampling import Choice, Chooser
+
+STEEPEST = 32  # length ** length_penalty is a float for whatever length
+
+
+@dataclass
+class Finished:
+    """The texts of one prompt that have ended, the best first: (score, new ids), at most `beams`."""
+
+    beams: int
+    longest: int
+    length_penalty: float
+    early_stopping: bool | str
+    texts: list = field(default_factory=list)
+
+    def add(self, total, ids):
+        self.texts.append((total / len(ids) ** self.length_penalty, ids))
+        self.texts = sorted(self.texts, key=lambda text: -text[0])[: self.beams]  # stable: the earlier of equals
+
+    def complete(self, total, length):
+        """Whether to stop here. total: the log-probability of the best text that runs on, which is `length` long."""
+        if len(self.texts) < self.beams or self.early_stopping is True:
+            return len(self.texts) == self.beams
+        if self.early_stopping == "never" and self.length_penalty > 0:  # what it would be if nothing more were lost
+            length = self.longest
+        return total / length**self.length_penalty <= self.texts[-1][0]
+
+
+def beam_search(model, prompts, max_new_tokens, *, beams, length_penalty=1.0, early_stopping=False, use_cache=True,
+                decoder_prompts=None, ignore_eos=False, **choice):
+    """
+    The best texts of each prompt: B lists of (score, new ids), the best first, at most `beams` of them.
+
+    The arguments are those of generate(), but for temperature and filters: nothing is drawn. beams=1 is greedy, though
+    with "never" it may look on behind the end of a text.
+    length_penalty: above 0 it favours long texts, for log-probabilities are negative. early_stopping: True, to stop
+    when `beams` texts have ended; False, when besides none that runs on would beat the worst of them by ending here;
+    "never", when none could at any length. Raises UserError if the request is not possible, before anything is
+    computed; NonFiniteError if the logits are no numbers, or the rules leave some text no token.
+    """
+    if type(beams) is not int or not 1 <= beams < 2**31:
+        raise UserError(f"beams={beams!r:.60} must be a whole number, at least 1 (greedy) and less than 2**31")
+    if type(length_penalty) not in (int, float) or not abs(length_penalty) <= STEEPEST:
+        raise UserError(f"length_penalty={length_penalty!r:.60} must be a number from {-STEEPEST} to {STEEPEST}, and "
+                        f"is usually between 0 and 2")
+    if early_stopping not in (True, False, "never") or type(early_stopping) not in (bool, str):
+        raise UserError(f"early_stopping={early_stopping!r:.60} must be true, false or never")
+    sources, rows = prepare(model, prompts, max_new_tokens, decoder_prompts)
+    check_forced(choice, model.config)
+    ends, limits = [] if ignore_eos else model.config.end_ids, [len(row) + max_new_tokens for row in rows]
+    choose = Chooser(Choice(**choice), model.wte.weight.device, ends, limits)
+    if choose.choice.temperature:
+        raise UserError(f"temperature={choose.choice.temperature} draws, and beam search does not: leave it out, or "
+                        f"call generate()")
+    found = [Finished(beams, max_new_tokens, length_penalty, early_stopping) for _ in rows]
+    if rows:
+        check_memory(model, beams * len(rows), max(limits))
+        search(model, sources, rows, choose, found, use_cache)
+    return [finished.texts for finished in found]
+
+
+def check_memory(model, rows, room):
+    """Raise UserError if a cache of so many rows, each of `room` positions, does not fit the memory that is free."""
+    weight, device = model.wte.weight, str(model.wte.weight.device)
+    need = predict(model.config, "cached", 1, 1, rows, weight.element_size(), begun=room - 2)["self_cache_bytes"]
+    if need > free_memory(device):
+        raise UserError(f"{rows} beams of {room} positions need {need / 2**30:,.1f} GiB and "
+                        f"{free_memory(device) / 2**30:,.1f} GiB are free on {device}: ask for fewer, or shorter ones")
+
+
+@torch.inference_mode()
+def search(model, sources, rows, choose, found, use_cache):
+    """The loop of beam_search(): it adds what ends to the Finished of each row."""
+    alive, starts, beams, longest = list(range(len(rows))), list(map(len, rows)), found[0].beams, found[0].longest
+    memory = project(model, *encode(model, sources))
+    cache = model.new_cache(beams * len(rows), max(starts) + longest) if use_cache else None
+    if cache:
+        cache.reorder(alive)  # a prompt enters once, whose row then becomes those of its beams
+    length, totals = 0, torch.zeros(len(rows), 1, device=model.wte.weight.device)  # (S, n): log-probabilities
+    while alive:
+        length, n = length + 1, totals.size(1)
+        logits = advance(model, rows, cache, memory)[:, 0]
+        scores = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+        scores = choose.scores(scores, rows, [r for r in alive for _ in range(n)])  # (S n, V)
+        V = scores.size(1)
+        scores = (totals[..., None] + scores.view(-1, n, V)).flatten(1)  # (S, n V)
+        best = scores.topk(min((1 + len(choose.ends)) * beams, n * V))  # enough to run on if all that can end do
+        ended = range(V) if length == longest else choose.ends
+        stay, running = [], []  # places in `alive`; (log-probability, row that it extends, id) of all beams
+        for s, (r, *both) in enumerate(zip(alive, best.values.tolist(), best.indices.tolist())):
+            ranked = [(total, s * n + at // V, at % V) for total, at in zip(*both) if total > -math.inf]
+            for total, parent, i in ranked[:beams]:  # what is ranked lower may run on, and not end
+                if i in ended:
+                    found[r].add(total, rows[parent][starts[r] :] + [i])
+            going = [one for one in ranked if one[2] not in ended][:beams]
+            if going and not found[r].complete(going[0][0], length):
+                stay.append(s)
+                running += going + [(-math.inf, *going[0][1:])] * (beams - len(going))  # the last are no texts
+        parents = [parent for _, parent, _ in running]
+        if cache:  # beams of one prompt differ behind it only
+            cache.reorder(parents, since=min(starts) if n == beams and len(stay) == len(alive) else 0)
+        if len(stay) < len(alive):
+            memory, alive = memory and memory.take(stay), [alive[s] for s in stay]
+        rows = [rows[parent] + [i] for _, parent, i in running]
+        totals = scores.new_tensor([total for total, _, _ in running]).view(-1, beams)
+
+
+def command(request):
+    """What generate.py does where beams are asked for: print the best text, which is not known before the end."""
+    start = time.perf_counter()
+    [[(score, ids), *_]] = beam_search(request.model, *request.batch(), **request.options)
+    seconds, text = time.perf_counter() - start, request.tokenizer.decode(ids)
+    told = {"prompt": request.prompt, "text": text, "ids": ids, "score": score}
+    print(json.dumps(told) if request.json else request.shown + text)
+    if request.stats:
+        print(f"{len(request.ids)} prompt tokens; {len(ids)} new tokens, the best of {request.options['beams']} beams, "
+              f"after {1e3 * seconds:.1f} ms", file=sys.stderr)
