@@ -213,12 +213,15 @@ def prepare(model, prompts, max_new_tokens, decoder_prompts):
     return sources, rows
 
 
-def stream(model, prompts, max_new_tokens, *, strategy="cached", decoder_prompts=None, ignore_eos=False, **choice):
+def stream(model, prompts, max_new_tokens, *, strategy="cached", decoder_prompts=None, ignore_eos=False, speculate=None,
+           **choice):
     """
     generate(), one step at a time: an iterator of B lists of new ids, empty for a row that has ended. Whatever is wrong
     with the request is found out here, before anything is computed.
     """
     make = find_strategy(model, strategy)
+    if speculate is not None:
+        make = import_module("further.speculate").find(model, speculate, strategy)
     sources, rows = prepare(model, prompts, max_new_tokens, decoder_prompts)
     ends = [] if ignore_eos else model.config.end_ids
     forced = [choice[key] for key in ("forced_first", "forced_last") if choice.get(key) is not None]

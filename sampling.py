@@ -128,10 +128,19 @@ class Chooser:
 
     def draw(self, scores):
         """Sample ids (B, 1) from scores (B, V) at the temperature, after the filters."""
+        probs, ids = self.likely(scores)
+        return ids.gather(-1, self.sample(probs))
+
+    def likely(self, scores):
+        """Scores (B, V) at the temperature, after the filters: probs (B, K), the most likely first, and their ids."""
         most = scores.amax(-1, keepdim=True)  # relative to it nothing overflows, however small the temperature
         probs = ((scores - most) / max(self.choice.temperature, 1e-30)).softmax(-1)
         probs, ids = probs.topk(min(self.choice.top_k or probs.size(-1), probs.size(-1)))  # the most likely first
         for keep, value in self.filters:
             probs = probs / probs.sum(-1, keepdim=True)
             probs[:, 1:] *= keep(probs, value)[:, 1:]
-        return ids.gather(-1, torch.multinomial(probs, 1, generator=self.generator))
+        return probs / probs.sum(-1, keepdim=True), ids
+
+    def sample(self, probs):
+        """The places (B, 1) of draws from distributions (B, K)."""
+        return torch.multinomial(probs, 1, generator=self.generator)
