@@ -175,8 +175,8 @@ def uncached(model, source, text):
 
 def replay(model, make, sources, rows, ids, first):
     """
-    Decode with the tokens forced, from number `first` on. Yields, for each that a step finds, its row and number, the logits
-    that it was chosen from, the rows of the step, and its calls; those of the first begin with what stands before it.
+    Decode with the tokens forced, from number `first` on. Yields, for each that a step finds, its row and number, the
+    logits that it was chosen from, the rows of the step, and its calls; the first's begin with what stands before it.
     """
     seen, room = {}, max(len(row) + len(new) for row, new in zip(rows, ids))
 

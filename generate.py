@@ -242,8 +242,9 @@ def generate(model, prompts, max_new_tokens, *, strategy="cached", decoder_promp
     config.start_id, then the row of decoder_prompts, if given). They must fit: prompt + max_new_tokens <= block_size,
     and for BART source <= block_size and 1 + decoder prompt + max_new_tokens <= block_size. strategy: see the top of
     this file; all give the same tokens; one of your own will do as well, see find_strategy(). ignore_eos: go on to
-    max_new_tokens in every row. The rest are fields of Choice: temperature=0.0 (greedy), top_k, top_p, min_p, seed and
-    so on.
+    max_new_tokens in every row. speculate: "lookup", or a small model that guesses: several tokens from one pass, and
+    the same texts, see further/speculate.py. The rest are fields of Choice: temperature=0.0 (greedy), top_k, top_p,
+    min_p, seed and so on.
 
     The model may be in train mode and in use elsewhere, in other threads too: nothing of a decoding is kept on it, and
     there is no dropout where no gradients are recorded. Raises UserError (a ValueError) if the request is not possible,
@@ -266,13 +267,14 @@ def write_text(request):
     """Generate and print: one sample as it comes, several, which are one batch, at the end. Returns ids and seconds."""
     live = request.num_samples == 1 and request.live
     say = (lambda text: print(text, end="", flush=True)) if live else (lambda text: None)
-    rows, seconds, decoder = [[] for _ in range(request.num_samples)], [], request.decoder()
+    rows, seconds, decoder, passes = [[] for _ in range(request.num_samples)], [], request.decoder(), 0
     start = time.perf_counter()
     steps = stream(request.model, *request.batch(), **request.options)
     say(request.shown)
     for found in steps:
         seconds.append(time.perf_counter() - start)
         start += seconds[-1]
+        passes += sum(map(bool, found))  # of a row
         for row, ids in zip(rows, found):
             row += ids
         say("".join(map(decoder.push, found[0])))
@@ -281,6 +283,9 @@ def write_text(request):
         text = request.tokenizer.decode(row)
         plain = ("---\n" if n else "") + request.shown + text
         print(json.dumps({"prompt": request.prompt, "text": text, "ids": row}) if request.json else plain)
+    if "speculate" in request.options:
+        new = sum(map(len, rows))
+        print(f"{new} new tokens in {passes} passes: {new / passes:.2f} each", file=sys.stderr)
     return rows, seconds
 
 

@@ -6,9 +6,9 @@ Several tokens from one pass of the model, and still exactly the text of one tok
     python bench.py compare --model out/gpt-tiny --prompt "x = 1; x = 1; x" --strategies cached,further.speculate:lookup
 
 A decode step takes the time of reading the weights, for several tokens of a row hardly longer than for one. So somebody
-cheap, a *draft*, guesses how each row goes on, and the model looks at all guesses in one chunk: what it says behind each
-judges the next, and what follows a wrong one is rewound. Rows accept different numbers. The draft is what followed the
-newest ids when they last occurred, in the row or its source, or a small model with a cache of its own.
+cheap, a *draft*, guesses how each row goes on, and the model looks at all guesses in one chunk: what it says behind
+each judges the next, and what follows a wrong one is rewound. Rows accept different numbers. The draft is what followed
+the newest ids when they last occurred, in the row or its source, or a small model with a cache of its own.
 
 With sampling, texts keep their distribution (Leviathan et al. 2023, algorithm 1). Let p be the model's, and q what the
 guess x was drawn from. The next id is x with probability a = min(1, p(x) / q(x)), and else is drawn from max(p - q, 0).
@@ -27,17 +27,14 @@ NGRAM = 3    # so many of the newest ids are looked up, then fewer
 
 
 class Decoding:
-    """
-    What generate.cached keeps, of the rows of B prompts or sources, neighbours being samples of one. But a row may go on
-    otherwise than it did: what stands behind all but its `last` ids is forgotten.
-    """
+    """What generate.cached keeps, of the rows of B prompts, neighbours being samples of one; rows may be taken back."""
 
     def __init__(self, model, sources, B, room):
         self.model, self.B, self.room, self.cache = model, B, room, None
         self.memory = project(model, *encode(model, sources))
 
     def logits(self, rows, which, last):
-        """Those of the last positions of each row, (B, last, V)."""
+        """(B, last, V), of the last positions of each row, whatever stood there or behind them before."""
         if self.cache is None:
             self.cache, self.held = self.model.new_cache(len(rows), self.room), which
             self.memory = self.memory and self.memory.take([r * self.B // len(rows) for r in which])
@@ -52,17 +49,17 @@ class Decoding:
 
 
 # -----------------------------------------------------------------------------
-# Drafts: draft(rows, which, k) -> at most k guesses, one behind the other, each a pair: an id for every row, and the
-# distributions (B, V) that these were drawn from, None where they are certain.
+# Drafts: draft(rows, which, k) -> the rows with at most k guesses behind each, and for every guess the distributions
+# (B, V) that it was drawn from, None where it is certain.
 
 
 def look_up(text, k):
     """The k ids that followed the newest ones of a text when these last occurred in it, going round and round."""
     n, text = len(text), list(text)
     start = next(i + size for size in range(NGRAM, -1, -1) for i in range(n - size - 1, -1, -1)
-                 if text[i : i + size] == text[n - size :])  # none at all occur everywhere
-    for j in range(start, start + k):
-        text.append(text[j])
+                 if text[i : i + size] == text[n - size : n])  # none of them: they occur everywhere
+    for i in range(start, start + k):
+        text.append(text[i])
     return text[n:]
 
 
@@ -71,9 +68,9 @@ def lookup_draft(sources, B, room, choose):
 
     def draft(rows, which, k):
         nonlocal total
-        total = total or len(rows)  # of the request: neighbours are samples of one prompt
-        texts = [[*sources[r * B // total], *row] if sources else row for r, row in zip(which, rows)]
-        return [(ids, None) for ids in zip(*(look_up(text, k) for text in texts))]
+        total = total or len(rows)  # neighbours are samples of one prompt
+        before = [sources[r * B // total] if sources else [] for r in which]
+        return [[*row, *look_up([*source, *row], k)] for source, row in zip(before, rows)], [None] * k
 
     return draft
 
@@ -82,23 +79,23 @@ def model_draft(small, sources, B, room, choose):
     """Lets a small model write, by the same rules. Raises UserError, before it computes, on a text too long for it."""
     longest = max(room, *map(len, sources or [[]]))
     if longest > small.config.block_size:
-        raise UserError(f"block_size={small.config.block_size} of the draft is less than the {longest} tokens of a text: "
-                        f"ask for fewer, or choose another draft")
+        raise UserError(f"block_size={small.config.block_size} of the draft is less than the {longest} tokens of a "
+                        f"text: ask for fewer, or choose another draft")
     decoding = Decoding(small, sources, B, room)
 
     def draft(rows, which, k):
         logits = decoding.logits(rows, which, 1)  # what has been accepted enters for good ...
-        aside, texts, found = decoding.cache.fork(), rows, []  # ... and guesses do not: they may evict what it sees
+        aside, texts, drawn = decoding.cache.fork(), rows, []  # ... and guesses do not: they may evict what it sees
         for _ in range(k):
-            logits = advance(small, texts, aside, decoding.memory) if found else logits
+            logits = advance(small, texts, aside, decoding.memory) if drawn else logits
             try:
                 scores = choose.scores(logits[:, 0], texts, which)
             except NonFiniteError:  # the rules forbid every id, in a text that perhaps nobody writes
                 break
             q = distribution(choose, scores) if choose.choice.temperature else None
-            ids = (scores.argmax(-1) if q is None else choose.sample(q)[:, 0]).tolist()
-            texts, found = [[*text, i] for text, i in zip(texts, ids)], [*found, (ids, q)]
-        return found
+            ids = scores.argmax(-1, keepdim=True) if q is None else choose.sample(q)  # (B, 1)
+            texts, drawn = [[*text, *new] for text, new in zip(texts, ids.tolist())], [*drawn, q]
+        return texts, drawn
 
     return draft
 
@@ -108,7 +105,7 @@ def model_draft(small, sources, B, room, choose):
 
 
 def distribution(choose, scores):
-    """That of a draw by scores (B, V): (B, V)."""
+    """Of draws by scores, (B, V) -> (B, V)."""
     probs, ids = choose.likely(scores)
     return torch.zeros_like(scores).scatter(-1, ids, probs)
 
@@ -121,20 +118,20 @@ def given(p, q, x):
     return drawn
 
 
-def accepted(choose, logits, row, r, guesses):
+def accepted(choose, logits, row, r, guesses, drawn):
     """
-    The new ids of row number r: of the guesses, pairs (id, q), those that are right, and one more. logits: (k + 1, V).
-    Each is chosen when it is asked for, so nothing is behind an end.
+    The new ids of row number r: the guesses that are right, and one more. logits: (k + 1, V); drawn: from what, each
+    (V,) or None. An id is chosen when it is asked for, so none is behind an end.
     """
-    text = list(row)
-    for own, (guess, q) in zip(logits.split(1), [*guesses, (None, None)]):
+    row = list(row)
+    for own, guess, q in zip(logits.split(1), [*guesses, None], [*drawn, None]):
         if q is None:
-            [[new]] = choose(own, [text], [r])
+            [[new]] = choose(own, [row], [r])
         else:
-            p = distribution(choose, choose.scores(own, [text], [r]))[0]
+            p = distribution(choose, choose.scores(own, [row], [r]))[0]
             new = choose.sample(given(p, q, guess)[None]).item()
         yield new
-        text.append(new)
+        row.append(new)
         if new != guess:
             return
 
@@ -144,11 +141,10 @@ def speculative(model, sources, B, room, choose, make_draft):
     draft, decoding = make_draft(sources, B, room, choose), Decoding(model, sources, B, room)
 
     def step(rows, which):
-        guesses = draft(rows, which, min(GUESSES, room - 1 - max(map(len, rows))))  # one more is found than guessed
-        texts = [[*row, *(ids[i] for ids, _ in guesses)] for i, row in enumerate(rows)]
-        logits = decoding.logits(texts, which, len(guesses) + 1)
-        return [accepted(choose, logits[i], row, r, [(ids[i], q if q is None else q[i]) for ids, q in guesses])
-                for i, (row, r) in enumerate(zip(rows, which))]
+        texts, drawn = draft(rows, which, min(GUESSES, room - 1 - max(map(len, rows))))  # one more is found
+        logits = decoding.logits(texts, which, len(drawn) + 1)
+        return [accepted(choose, logits[i], row, r, text[len(row) :], [q if q is None else q[i] for q in drawn])
+                for i, (row, text, r) in enumerate(zip(rows, texts, which))]
 
     return step
 
@@ -159,7 +155,7 @@ lookup = partial(speculative, make_draft=lookup_draft)
 def find(model, speculate, strategy):
     """The strategy that generate() is asked for. Raises UserError if there is none."""
     if strategy != "cached":
-        raise UserError(f"strategy={strategy!r:.60} does not go with speculate, which needs the cached one: leave it out")
+        raise UserError(f"strategy={strategy!r:.60} does not go with speculate, which needs a cache: leave it out")
     if speculate == "lookup":
         return lookup
     if not isinstance(speculate, torch.nn.Module):
@@ -167,6 +163,6 @@ def find(model, speculate, strategy):
     for what in "is_encoder_decoder", "vocab_size":
         theirs, ours = (getattr(each.config, what) for each in (speculate, model))
         if theirs != ours:
-            raise UserError(f"{what}={theirs} of the draft is {ours} in the model: choose a draft of the same kind, with "
-                            f"the same tokenizer")
+            raise UserError(f"{what}={theirs} of the draft is {ours} in the model: choose a draft of the same kind "
+                            f"with the same tokenizer")
     return partial(speculative, make_draft=partial(model_draft, speculate))

@@ -67,7 +67,7 @@ def add_arguments(parser):
     add("--dtype", choices=sorted(DTYPES), help="of the weights; default: as in the file")
     add("--seed", type=WHOLE, help="of what is drawn; default: different every time")
     # not every program has them
-    parser.set_defaults(random=None, prompt_tokens=None, stats=False, no_stream=False)
+    parser.set_defaults(random=None, prompt_tokens=None, stats=False, no_stream=False, speculate=None)
 
 
 def add_random(parser):
@@ -83,6 +83,8 @@ def parse(doc, args=None):
     add_arguments(parser)
     add = parser.add_argument
     add("--strategy", default="cached", help=f"{STRATEGY}; default: cached")
+    add("--speculate", metavar="DRAFT", help="guess tokens, verify several in one pass, write the same: lookup guesses "
+        "what followed before, DIR_OR_NAME is a small model that guesses")
     add("--temperature", type=REAL, help="0 = greedy")
     add("--top-k", type=WHOLE, metavar="K", help="draw among the K most likely tokens")
     add("--top-p", type=REAL, metavar="P", help="draw among the most likely tokens that have probability P together")
@@ -130,6 +132,8 @@ def read(args):
     options = {"ignore_eos": args.ignore_eos or args.random is not None, **rules}
     given = {key: getattr(args, key, None) for key in ("strategy", "temperature", "top_k", "top_p", "min_p", "seed")}
     options |= {key: value for key, value in given.items() if value is not None}  # what is left out has its own default
+    if args.speculate is not None:
+        options["speculate"] = load_draft(args, tokenizer)
     if begun:
         options["decoder_prompts"] = [begun] * args.num_samples
     shown = args.decoder_prompt or "" if model.config.is_encoder_decoder else prompt
@@ -148,6 +152,18 @@ def load(args):
     if tokenizer is None:
         raise UserError(f"{args.model} has no tokenizer: put its vocab.json and merges.txt (or tokenizer.json) there")
     return model, tokenizer, load_generation_config(directory)
+
+
+def load_draft(args, tokenizer):
+    """What --speculate names: "lookup", or a model with the same tokenizer."""
+    if args.speculate == "lookup":
+        return args.speculate
+    directory = locate(args.speculate)
+    theirs = load_tokenizer(directory)
+    if theirs is None or (theirs.tokens, theirs.specials) != (tokenizer.tokens, tokenizer.specials):
+        raise UserError(f"--speculate {args.speculate!r:.150} does not have the tokenizer of --model {args.model}: "
+                        f"choose a draft that was trained with the same one, or lookup")
+    return load_model(directory, DTYPES.get(args.dtype), pick_device(args.device))
 
 
 def read_prompt(args, model, tokenizer):
