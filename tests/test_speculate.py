@@ -206,11 +206,11 @@ def exact(model, prompt, M, choice):
 @pytest.mark.parametrize("fields", [{}, dict(top_k=3), dict(top_p=0.8), dict(temperature=0.6, min_p=0.05)], ids=str)
 @pytest.mark.parametrize("draft", ["lookup", "small"])
 def test_texts_have_the_probabilities_of_plain_sampling(draft, fields):
-    """Chi-square over all texts of four tokens; MINDECODE_CASES=20 takes twenty times as many."""
+    """Chi-square over all texts of three tokens; MINDECODE_CASES=20 takes twenty times as many."""
     kind = "bart" if "top_k" in fields else "gpt"
     fields = dict(temperature=1.0) | fields
-    model, prompt, M = tiny(kind, 5, vocab_size=4), [3, 1, 2, 3], 4
-    n = 800 * int(os.environ.get("MINDECODE_CASES", 1))
+    model, prompt, M = tiny(kind, 5, vocab_size=4), [3, 1, 2, 3], 3
+    n = 1000 * int(os.environ.get("MINDECODE_CASES", 1))
     small = tiny(kind, 6, vocab_size=4)
     drawn = generate(model, [prompt] * n, M, ignore_eos=True, seed=1, **fields,
                      speculate=draft if draft == "lookup" else small)
@@ -224,7 +224,7 @@ def test_texts_have_the_probabilities_of_plain_sampling(draft, fields):
     cells = [(counts[text], n * p) for text, p in often.items()] + [(n - sum(counts[text] for text in often), n * rare)]
     cells = [(o, e) for o, e in cells if e > 1e-6]
     square, df = sum((o - e) ** 2 / e for o, e in cells), len(cells) - 1
-    assert df > 10 and square < df + 4 * (2 * df) ** 0.5, (square, df)  # by chance once in some ten thousand
+    assert df > 4 and square < df + 4 * (2 * df) ** 0.5, (square, df)  # by chance once in some ten thousand
 
 
 @pytest.mark.parametrize("kind", ["gpt", "bart"])
