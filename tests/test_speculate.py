@@ -224,7 +224,8 @@ def test_texts_have_the_probabilities_of_plain_sampling(draft, fields):
     cells = [(counts[text], n * p) for text, p in often.items()] + [(n - sum(counts[text] for text in often), n * rare)]
     cells = [(o, e) for o, e in cells if e > 1e-6]
     square, df = sum((o - e) ** 2 / e for o, e in cells), len(cells) - 1
-    assert df > 4 and square < df + 4 * (2 * df) ** 0.5, (square, df)  # by chance once in some ten thousand
+    bound = df * (1 - 2 / (9 * df) + 3.72 * (2 / (9 * df)) ** 0.5) ** 3  # Wilson and Hilferty: by chance once in 10,000
+    assert df > 4 and square < bound, (square, df)
 
 
 @pytest.mark.parametrize("kind", ["gpt", "bart"])
