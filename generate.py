@@ -239,12 +239,14 @@ def ends_with(stop, vocab_size):
 
 
 def stream(model, prompts, max_new_tokens, *, strategy="cached", decoder_prompts=None, ignore_eos=False, num_samples=1,
-           stop=(), overflow="refuse", **choice):
+           stop=(), overflow="refuse", speculate=None, **choice):
     """
     generate(), one step at a time: an iterator of B * num_samples lists of new ids, empty for a row that has ended.
     Whatever is wrong with the request is found out here, before anything is computed.
     """
     make = find_strategy(model, strategy)
+    if speculate is not None:
+        make = import_module("further.speculate").find(model, speculate, strategy, overflow)
     sources, rows = prepare(model, prompts, max_new_tokens, decoder_prompts, overflow)
     check_count("num_samples", num_samples)
     ends = [] if ignore_eos else model.config.end_ids
@@ -273,8 +275,9 @@ def generate(model, prompts, max_new_tokens, **options):
     same tokens; one of your own will do as well, see find_strategy(). ignore_eos: an end of sequence ends no row. stop:
     sequences of ids, one of which ends a row when it stands at the end of its new ids; or a function of these that says
     whether they are complete, as plumbing.tokenizers.Stops is for texts. num_samples: rows from each prompt, which the
-    cached strategy lets enter once for all of them. The other options are fields of Choice: temperature=0.0 (greedy),
-    top_k, seed and so on.
+    cached strategy lets enter once for all of them. speculate: "lookup", or a small model that guesses: several tokens
+    from one pass, and the same texts, see further/speculate.py. The other options are fields of Choice: temperature=0.0
+    (greedy), top_k, seed and so on.
 
     The model may be in train mode and in use elsewhere, in other threads too: nothing of a decoding is kept on it, and
     there is no dropout where no gradients are recorded. Raises UserError (a ValueError) if the request is not possible,
@@ -295,13 +298,14 @@ def write_text(request):
     """Generate and print: one sample as it comes, several, which are one batch, at the end. Returns ids and seconds."""
     live = request.num_samples == 1 and request.live
     say = (lambda text: print(text, end="", flush=True)) if live else (lambda text: None)
-    rows, seconds, decoder = [[] for _ in range(request.num_samples)], [], request.decoder()
+    rows, seconds, decoder, passes = [[] for _ in range(request.num_samples)], [], request.decoder(), 0
     start = time.perf_counter()
     steps = stream(request.model, *request.batch(), **request.options)
     say(request.shown)
     for found in steps:
         seconds.append(time.perf_counter() - start)
         start += seconds[-1]
+        passes += sum(map(bool, found))  # of a row
         for row, ids in zip(rows, found):
             row += ids
         say("".join(map(decoder.push, found[0])))
@@ -310,6 +314,9 @@ def write_text(request):
         text, ids = request.said(row)
         plain = ("---\n" if n else "") + request.shown + text
         print(json.dumps({"prompt": request.prompt, "text": text, "ids": ids}) if request.json else plain)
+    if "speculate" in request.options:
+        new = sum(map(len, rows))
+        print(f"{new} new tokens in {passes} passes: {new / passes:.2f} each", file=sys.stderr)
     return rows, seconds
 
 

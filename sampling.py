@@ -159,13 +159,22 @@ class Chooser:
 
     def draw(self, scores, which):
         """Sample ids (B, 1) from scores (B, V) at the temperature, after the filters."""
+        probs, ids = self.likely(scores)
+        return ids.gather(-1, self.sample(probs, which))
+
+    def likely(self, scores):
+        """Scores (B, V) at the temperature, after the filters: probs (B, K), the most likely first, and their ids."""
         most = scores.amax(-1, keepdim=True)  # relative to it nothing overflows, however small the temperature
         probs = ((scores - most) / max(self.choice.temperature, 1e-30)).softmax(-1)
         probs, ids = probs.topk(min(self.choice.top_k or probs.size(-1), probs.size(-1)))  # the most likely first
         for keep, value in self.filters:
             probs = probs / probs.sum(-1, keepdim=True)
             probs[:, 1:] *= keep(probs, value)[:, 1:]
+        return probs / probs.sum(-1, keepdim=True), ids
+
+    def sample(self, probs, which):
+        """The places (B, 1) of draws from distributions (B, K), each by the generator of its row."""
         upto, where = probs.cumsum(-1), [[self.generator(r).random()] for r in which]  # in [0, 1)
         hit = upto > upto[:, -1:] * torch.tensor(where, dtype=upto.dtype, device=upto.device)
         hit &= probs > 0  # on a GPU a sum may grow by rounding where nothing is added
-        return ids.gather(-1, hit.int().argmax(-1, keepdim=True))  # the first; if rounding leaves none, the likeliest
+        return hit.int().argmax(-1, keepdim=True)  # the first; if rounding leaves none, the likeliest

@@ -33,7 +33,7 @@ ROLES = ("decoder", "encoder", "cross")
 
 
 def mean(heads):
-    """The n heads of each group, (KV, n, D, C + 1) -> the one they share, (KV, D, C + 1), and how each is made of it."""
+    """The n heads of a group, (KV, n, D, C + 1) -> the one they share, (KV, D, C + 1), and how each is made of it."""
     return heads.mean(1), torch.eye(heads.size(2)).to(heads).expand(*heads.shape[:2], -1, -1)
 
 

@@ -23,6 +23,10 @@ STRATEGY = "naive, hoisted (BART), cached, or MODULE:FUNCTION for one of your ow
 SOURCES = [["--model", "--prompt"], ["--model", "--prompt-file"], ["--model", "-"], ["--model", "--prompts"],
            ["--random", "--prompt-tokens"]]
 CHATS = [["--model"], *SOURCES[:2]]  # standard input is what is said
+# a technique and what does not go with it; beams are refused later, since a generation_config.json may ask for them
+APART = {"prompts": ["num_samples", "strategy", "overflow", "speculate", "chat", "stats"],
+         "chat": ["num_samples", "strategy", "overflow", "speculate", "decoder_prompt", "json"],
+         "speculate": ["strategy", "overflow"]}
 # keys of generation_config.json that change what is generated and that nothing here can honour, unless they are idle
 UNSUPPORTED = {"encoder_repetition_penalty": 1.0, "encoder_no_repeat_ngram_size": 0, "bad_words_ids": None,
                "typical_p": 1.0, "forced_decoder_ids": None, "num_beam_groups": 1,
@@ -84,7 +88,7 @@ def add_arguments(parser):
     add("--seed", type=WHOLE, help="of what is drawn; default: different every time")
     # not every program has them
     parser.set_defaults(random=None, prompt_tokens=None, num_samples=1, rows=1, stats=False, no_stream=False, stop=[],
-                        chat=False, prompts=None, batch_size=None)
+                        chat=False, prompts=None, batch_size=None, speculate=None)
 
 
 def add_random(parser):
@@ -106,6 +110,8 @@ def parse(doc, args=None):
         "block_size. slide: whenever it is full its first block_size / 2 tokens are forgotten, and the rest, computed "
         "again, stands at the positions from 0 on: a prefill for every block_size / 2 tokens")
     add("--strategy", default="cached", help=f"{STRATEGY}; default: cached")
+    add("--speculate", metavar="DRAFT", help="guess tokens, verify several in one pass, write the same: lookup guesses "
+        "what followed before, DIR_OR_NAME is a small model that guesses")
     add("--temperature", type=REAL, help="0 = greedy")
     add("--top-k", type=WHOLE, metavar="K", help="draw among the K most likely tokens")
     add("--top-p", type=REAL, metavar="P", help="draw among the most likely tokens that have probability P together")
@@ -153,10 +159,11 @@ def check(args):
             raise UserError(f"--num-samples {samples} must be from 1 to {MAX_SAMPLES}")
     if args.batch_size is not None and (args.prompts is None or not 1 <= args.batch_size <= MAX_SAMPLES):
         raise UserError(f"--batch-size {args.batch_size} must be from 1 to {MAX_SAMPLES}, with --prompts FILE")
-    for name, idle in ("num_samples", 1), ("strategy", "cached"), ("stats", False):
-        if args.prompts is not None and getattr(args, name) != idle:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} is for one prompt: leave it out, or "
-                            f"give --prompt in place of --prompts")
+    for technique, others in APART.items():
+        for other in others if getattr(args, technique) else []:
+            if getattr(args, other) not in (None, False, "cached", "refuse"):
+                raise UserError(f"--{other.replace('_', '-')} {getattr(args, other)} and --{technique} do not go "
+                                f"together: leave one of them out")
     if args.beams is not None and not 1 <= args.beams <= MAX_SAMPLES:
         raise UserError(f"--beams {args.beams} must be from 1 (greedy) to {MAX_SAMPLES}")
 
@@ -165,10 +172,6 @@ def check_chat(args, given):
     if given not in CHATS or args.prompt_file == "-":
         raise UserError(f"--chat with {' and '.join(given) or 'nothing'}: give --model DIR_OR_NAME, and what it begins "
                         f"with, if anything, as --prompt TEXT or --prompt-file PATH; standard input is what is said")
-    for flag, value, only in (("--num-samples", args.num_samples, 1), ("--strategy", args.strategy, "cached"),
-                              ("--json", args.json, False), ("--decoder-prompt", args.decoder_prompt, None)):
-        if value != only:
-            raise UserError(f"{flag} {value} and --chat do not go together: leave one of them out")
 
 
 def read(args):
@@ -214,6 +217,8 @@ def ask(args, model, tokenizer, published):
         options["stop"] = Stops(tokenizer, stops)
     if beams := beam_options(args, published, rules["n_vocab"], stops):
         options = {key: value for key, value in options.items() if key not in ("strategy", "num_samples", "overflow")}
+    if args.speculate is not None:
+        options["speculate"] = load_draft(args, tokenizer)
     if begun:
         options["decoder_prompts"] = [begun] * args.rows
     shown = args.decoder_prompt or "" if model.config.is_encoder_decoder else prompt
@@ -233,6 +238,18 @@ def load(args):
     if tokenizer is None:
         raise UserError(f"{args.model} has no tokenizer: put its vocab.json and merges.txt (or tokenizer.json) there")
     return model, tokenizer, load_generation_config(directory)
+
+
+def load_draft(args, tokenizer):
+    """What --speculate names: "lookup", or a model with the same tokenizer."""
+    if args.speculate == "lookup":
+        return args.speculate
+    directory = locate(args.speculate)
+    theirs = load_tokenizer(directory)
+    if theirs is None or (theirs.tokens, theirs.specials) != (tokenizer.tokens, tokenizer.specials):
+        raise UserError(f"--speculate {args.speculate!r:.150} does not have the tokenizer of --model {args.model}: "
+                        f"choose a draft that was trained with the same one, or lookup")
+    return load_model(directory, DTYPES.get(args.dtype), pick_device(args.device))
 
 
 def read_prompt(args, model, tokenizer):
@@ -335,7 +352,8 @@ def beam_options(args, published, n_vocab, stops):
         raise UserError(f"{asked}: a text is measured without beams here, pass --beams 1")
     others = {"--strategy": args.strategy != "cached" and args.strategy, "--temperature": args.temperature,
               "--num-samples": args.num_samples > 1 and args.num_samples, "a stop": stops, "--chat": args.chat,
-              "--prompts": args.prompts, "--overflow": args.overflow == "slide" and args.overflow}
+              "--prompts": args.prompts, "--speculate": args.speculate,
+              "--overflow": args.overflow == "slide" and args.overflow}
     for flag, value in others.items():
         if value:
             raise UserError(f"{flag} {value} does not go with {asked}: beams find one text, with a cache, and draw "

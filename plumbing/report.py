@@ -87,10 +87,11 @@ def comparison_table(result):
              "linear rows", "seconds", "first call", "ms/token after", "speed"]]
     for s in result["strategies"]:
         encoder, decoder = s["encoder_tokens"], s["decoder_tokens"]
-        counts = encoder, decoder, encoder + decoder, sum(s["closed_form"]), s["linear_rows"]
+        closed = f"{sum(s['closed_form']):,}" if s["closed_form"] else "-"
+        counts = [f"{n:,}" for n in (encoder, decoder, encoder + decoder)]
         later = "-" if s["token_seconds"] is None else f"{1000 * s['token_seconds']:.2f}"
         rows.append([s["strategy"], "same" if s["identical"] else "DIFFER", f"{s['logit_difference']:.1e}",
-                     s["finding"]["verdict"], *(f"{n:,}" for n in counts),
+                     s["finding"]["verdict"], *counts, closed, f"{s['linear_rows']:,}",
                      f"{s['seconds']:.3f}", f"{s['first_seconds']:.3f}", later, f"{s['speed']:.2f}x"])
     lines = [f"{s['strategy']}: {told(s)}" for s in result["strategies"] if s["finding"]["verdict"] != "equal"]
     by_name = {s["strategy"]: s for s in result["strategies"]}
@@ -98,7 +99,9 @@ def comparison_table(result):
         lines += savings(by_name["hoisted"], by_name["cached"])
     timed = [s for s in result["strategies"] if "step_bytes" in s]
     if timed:
-        lines += ["", roofline_table(result["bandwidth"], timed), *pays(*timed[-2:])]
+        lines += ["", roofline_table(result["bandwidth"], timed)]
+    if timed[1:] and timed[-1]["strategy"] == "cached":
+        lines += pays(*timed[-2:])
     little = " (so few that equal tokens say little)" if result["distinct"] < min(result["M"], 8) else ""
     return (f"N = {result['N']:,}, M = {result['M']:,} decoder calls, batch of {result['batch_size']}; "
             f"{result['distinct']} distinct ids in the text{little}\n\n{aligned(rows)}\n\n" + "\n".join(lines))

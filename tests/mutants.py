@@ -24,7 +24,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 TESTS = ["tests/test_attention.py", "tests/test_schedules.py", "tests/test_model.py", "tests/test_generate.py",
          "tests/test_sampling.py", "tests/test_concat.py", "tests/test_sparse.py", "tests/test_gqa.py",
          "tests/test_quality.py", "tests/test_samples.py", "tests/test_session.py", "tests/test_serve.py",
-         "tests/test_beam.py"]
+         "tests/test_beam.py", "tests/test_speculate.py"]
 MUTANTS = {}
 
 
@@ -1071,6 +1071,65 @@ def the_best_running_text_is_judged_as_if_it_were_longer():
     @around(beam.Finished, "complete")
     def complete(original, self, total, length):
         return original(self, total, length + 1)
+
+
+# -----------------------------------------------------------------------------
+# What is guessed
+
+
+def guessing():
+    from further import speculate
+    return speculate
+
+
+@mutant
+def what_is_not_accepted_is_drawn_from_the_model_itself():
+    speculate = guessing()
+
+    @around(speculate, "given")
+    def given(original, p, q, x):
+        accept = (p[x] / q[x]).clamp(max=1)
+        drawn = (1 - accept) * p
+        drawn[x] += accept
+        return drawn
+
+
+@mutant
+def guesses_are_judged_by_the_row_before_them_all():
+    speculate = guessing()
+
+    @around(speculate, "accepted")
+    def accepted(original, choose, logits, row, *others):
+        before = list(row)
+        return original(lambda logits, rows, which: choose(logits, [before], which), logits, row, *others)
+
+
+@mutant
+def rows_leave_before_what_was_wrong_is_rewound():
+    speculate = guessing()
+
+    @around(speculate.Decoding, "logits")
+    def logits(original, self, rows, which, last):
+        if self.cache is not None and which != self.held:
+            kept = [self.held.index(r) for r in which]
+            self.cache.reorder(kept)
+            self.memory, self.held = self.memory and self.memory.take(kept), which
+        return original(self, rows, which, last)
+
+
+@mutant
+def what_a_draft_guesses_stays_in_its_cache():
+    _, cache, *_ = project()
+    replace(cache.KVCache, "fork", lambda original: lambda self: self)
+
+
+@mutant
+def a_pass_finds_no_more_than_was_guessed():
+    speculate = guessing()
+
+    @around(speculate, "accepted")
+    def accepted(original, choose, logits, row, r, guesses, drawn):
+        return original(choose, logits[:-1], row, r, guesses, drawn) if guesses else original(choose, logits, row, r, [], [])
 
 
 # -----------------------------------------------------------------------------
