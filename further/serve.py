@@ -128,7 +128,8 @@ def command(request):
             done[r] = ids
             bar.update()
             while shown in done:
-                ids, one = done.pop(shown), asked[shown]
+                one = asked[shown]
+                text, ids = one.said(done.pop(shown))
                 with bar.external_write_mode():
-                    print(json.dumps({"prompt": one.prompt, "text": one.tokenizer.decode(ids), "ids": ids}), flush=True)
+                    print(json.dumps({"prompt": one.prompt, "text": text, "ids": ids}), flush=True)
                 shown += 1

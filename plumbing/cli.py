@@ -27,6 +27,7 @@ CHATS = [["--model"], *SOURCES[:2]]  # standard input is what is said
 APART = {"prompts": ["num_samples", "strategy", "overflow", "speculate", "chat", "stats"],
          "chat": ["num_samples", "strategy", "overflow", "speculate", "decoder_prompt", "json"],
          "speculate": ["strategy", "overflow"]}
+IDLE = {"num_samples": 1, "strategy": "cached", "overflow": "refuse"}
 # keys of generation_config.json that change what is generated and that nothing here can honour, unless they are idle
 UNSUPPORTED = {"encoder_repetition_penalty": 1.0, "encoder_no_repeat_ngram_size": 0, "bad_words_ids": None,
                "typical_p": 1.0, "forced_decoder_ids": None, "num_beam_groups": 1,
@@ -161,7 +162,7 @@ def check(args):
         raise UserError(f"--batch-size {args.batch_size} must be from 1 to {MAX_SAMPLES}, with --prompts FILE")
     for technique, others in APART.items():
         for other in others if getattr(args, technique) else []:
-            if getattr(args, other) not in (None, False, "cached", "refuse"):
+            if getattr(args, other) not in (IDLE.get(other), None, False):
                 raise UserError(f"--{other.replace('_', '-')} {getattr(args, other)} and --{technique} do not go "
                                 f"together: leave one of them out")
     if args.beams is not None and not 1 <= args.beams <= MAX_SAMPLES:

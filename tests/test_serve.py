@@ -238,9 +238,9 @@ BAD = {  # the file, its flags, and what the line on stderr must name
     "zero.txt": ("a", "--batch-size 0", "--batch-size 0 must be from 1 to 1024"),
     "huge.txt": ("a", "--batch-size 1000000000", "--batch-size 1000000000 must be from 1 to 1024"),
     "real.txt": ("a", "--batch-size 1e9", "whole number value: '1e9'"),
-    "samples.txt": ("a", "--temperature 1 --num-samples 2", "--num-samples 2 is for one prompt"),
-    "naive.txt": ("a", "--strategy naive", "--strategy naive is for one prompt"),
-    "stats.txt": ("a", "--stats", "--stats True is for one prompt"),
+    "samples.txt": ("a", "--temperature 1 --num-samples 2", "--num-samples 2 and --prompts do not go"),
+    "naive.txt": ("a", "--strategy naive", "--strategy naive and --prompts do not go"),
+    "stats.txt": ("a", "--stats", "--stats True and --prompts do not go"),
     "rule.txt": ("a", "--temperature 1 --top-k 0", "top_k=0"),
     "both.txt": ("a", "--prompt b", "one prompt"),
 }
