@@ -9,6 +9,9 @@ Measure what the README claims, on your machine.
     python bench.py report --model out/bart-headline --prompt-file article.txt --output page.html
     python bench.py load --random gpt2-xl --dtype bfloat16 --device cuda
     python bench.py attention --plot attention.png
+    python bench.py batch --random gpt2 --prompt-tokens 32 --max-new-tokens 64
+    python bench.py beams --random bart-large --prompt-tokens 1024 --max-new-tokens 60 --beams 4
+    python bench.py speculate --model out/bart-headline --prompt-file article.txt
 
 compare runs every strategy on the same input, or those that are named (MODULE:FUNCTION is one of your own): do they
 write the same, what does each cost, and where they differ, is it rounding or a bug, and where? It exits with 1 where
@@ -40,7 +43,7 @@ from tqdm import tqdm
 from compare import compare
 from cost import attention_weights, count, matrix
 from generate import find_strategy, generate, strategies
-from plumbing import attention_bench, cli, report
+from plumbing import attention_bench, cli, pairs, report
 from plumbing.models import PRESETS, check_memory, count_parameters, random_config, random_model
 from plumbing.utils import DTYPES, pick_device
 from plumbing.weights import load_pretrained, save_pretrained
@@ -150,9 +153,11 @@ def write_report(request, args):
 
 
 def fresh(function, *args):
-    """What a function of this file returns in a process of its own."""
-    code = "import bench, json, sys; print(json.dumps(getattr(bench, sys.argv[1])(*json.loads(sys.argv[2]))))"
-    command = [sys.executable, "-c", code, function.__name__, json.dumps(args)]
+    """What a function of this project returns in a process of its own."""
+    code = ("import importlib, json, sys; name, module, args = sys.argv[1:]; "
+            "print(json.dumps(getattr(importlib.import_module(module), name)(*json.loads(args))))")
+    module = Path(__file__).stem if function.__module__ == "__main__" else function.__module__
+    command = [sys.executable, "-c", code, function.__name__, module, json.dumps(args)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
     if done.returncode:
         raise UserError((done.stderr.splitlines() or [f"killed, {done.returncode}"])[-1].split("UserError: ")[-1])
@@ -266,6 +271,11 @@ def attention(args):
     print(json.dumps(result | dict(machine=where)) if args.json else f"{where}\n\n{attention_bench.tables(result)}")
 
 
+def compare_ways(args):
+    result = pairs.measure(args, fresh) | dict(machine=machine(pick_device(args.device)))
+    print(json.dumps(result) if args.json else f"{result['machine']}\n\n{pairs.table(result)}")
+
+
 def add_load(parser):
     add = parser.add_argument
     add("--model", metavar="DIR", help="a Hugging Face directory")
@@ -312,9 +322,12 @@ def main(args=None):
             section.add_argument("--output", metavar="FILE.html", required=True, help="where the page is written")
     add_load(sections.add_parser("load", description="load_pretrained beside reading the file"))
     attention_bench.add_arguments(sections.add_parser("attention", description=attention_bench.__doc__))
+    for name in pairs.WAYS:
+        pairs.add_arguments(sections.add_parser(name, description=pairs.__doc__), name)
     args = parser.parse_args(args)
-    if args.section in ("load", "attention"):
-        return {"load": load, "attention": attention}[args.section](args)
+    others = {"load": load, "attention": attention} | dict.fromkeys(pairs.WAYS, compare_ways)
+    if args.section in others:
+        return others[args.section](args)
     if args.section == "decode" and args.model is None and args.random is None:
         return decode_settings(parser.parse_args)
     if args.section in ("trace", "report") and args.rows > 1:

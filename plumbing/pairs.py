@@ -16,7 +16,7 @@ import torch
 from further.beam import beam_search
 from generate import generate, stream
 from plumbing import cli
-from plumbing.errors import UserError
+from plumbing.errors import WHOLE, UserError
 from plumbing.report import aligned
 from plumbing.weights import save_pretrained
 
@@ -62,6 +62,15 @@ def guessing(request, rows, n):
 WAYS = {"batch": {"one by one": one_by_one, "together": together},
         "beams": {"transformers": beams_of_transformers, "minDecode": beams_here},
         "speculate": {"one a pass": together, "lookup": guessing}}
+
+
+def add_arguments(parser, name):
+    cli.add_arguments(parser)
+    cli.add_random(parser)
+    parser.add_argument("--pairs", type=WHOLE, default=5, metavar="N", help="measurements of each way; default: 5")
+    if name == "beams":  # what the command line of generate.py says of them
+        parser.set_defaults(length_penalty=None, early_stopping=None, strategy="cached", temperature=None,
+                            overflow="refuse")
 
 
 def ragged(ids):

@@ -10,7 +10,7 @@ import bench
 from compare import compare
 from conftest import call
 from model import BART
-from plumbing import models
+from plumbing import models, pairs
 from plumbing.weights import save_pretrained
 
 
@@ -103,3 +103,42 @@ def test_what_goes_wrong_in_a_process_of_its_own_is_said_in_one_line(tiny):
     (tiny / "config.json").unlink()
     outcome = call(bench.main, "load", "--model", tiny)
     assert outcome.code == 2 and "config.json" in outcome.err and outcome.err.count("\n") == 1
+
+
+SMALL = ["--model.n_head=2", "--model.n_embd=16", "--model.block_size=32", "--dtype", "float32"]
+
+
+@pytest.mark.parametrize("args, ways, rows", [
+    (["batch", "--random", "gpt2", "--model.n_layer=1"], ["one by one", "together"], 8),
+    (["beams", "--random", "bart-base", "--model.n_encoder_layer=1", "--model.n_decoder_layer=1", "--beams", 3],
+     ["transformers", "minDecode"], 1),
+    (["speculate", "--random", "gpt2", "--model.n_layer=1"], ["one a pass", "lookup"], 1)])
+def test_two_ways_take_turns_and_write_the_same(args, ways, rows, monkeypatch):
+    pytest.importorskip("transformers")
+    turns = []
+
+    def fresh(function, values, way):
+        turns.append(way)
+        return function(values, way)
+
+    monkeypatch.setattr(bench, "fresh", fresh)
+    monkeypatch.setattr(pairs, "theirs", lambda request, keep=pairs.theirs: keep(request, {}))
+    args += [*SMALL, "--prompt-tokens", 16, "--max-new-tokens", 6, "--pairs", 2]
+    outcome = call(bench.main, *args, "--json")
+    assert outcome.code == 0, outcome
+    result = json.loads(outcome.out)
+    assert turns == ways * 2 and list(result["ways"]) == ways
+    (a, *_), (b, *_) = result["ways"].values()
+    assert a["ids"] == b["ids"] and [len(ids) for ids in b["ids"]] == [6] * rows and a["seconds"] > 0 < b["seconds"]
+    assert (b["passes"] or 0) <= 6 and bool(b["passes"]) == (args[0] == "speculate")
+    text = pairs.table(result)
+    assert "both write the same" in text and "1.00x" in text and ("passes" in text) == (args[0] == "speculate")
+    result["ways"][ways[1]][0]["ids"][0][-1] += 1
+    assert "both write something else" in pairs.table(result)
+
+
+@pytest.mark.parametrize("args, words", [
+    (["batch", "--pairs", 0], "--pairs 0"), (["batch"], "at least 8"), (["beams"], "--beams N"), (["beams", "--beams", 0], "--beams 0")])
+def test_ways_that_cannot_be_compared_are_refused(args, words):
+    outcome = call(bench.main, *args, "--random", "gpt2", "--model.n_layer=1", *SMALL, "--prompt-tokens", 5)
+    assert outcome.code == 2 and outcome.out == "" and outcome.err.count("\n") == 1 and words in outcome.err
