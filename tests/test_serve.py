@@ -201,6 +201,19 @@ def test_results_are_those_of_single_runs_in_the_order_of_the_file(tiny_gpt, tmp
         assert written(found) == single
 
 
+def test_texts_end_at_stops_and_with_a_seed_each_is_drawn_by_its_number(tiny_gpt, tmp_path):
+    (tmp_path / "prompts.txt").write_text("the\nthe cat sat\na\n")
+    flags = "--max-new-tokens", 30, "--stop", "at", "--stop", "e "
+    model, many = ("--model", tiny_gpt.path), ("--prompts", tmp_path / "prompts.txt", "--batch-size", 2)
+    single = [written(call(program.main, *model, "--prompt", p, *flags, "--json"))[0] for p in ("the", "the cat sat", "a")]
+    assert written(call(program.main, *model, *many, *flags)) == single
+    assert not any(stop in one["text"] for one in single for stop in ("at", "e ")) and any(len(one["ids"]) < 30 for one in single)
+    ids = [tiny_gpt.tokenizer.encode(p) for p in ("the", "the cat sat", "a", "dog")]
+    drawn = generate(tiny_gpt.model, ids, 12, temperature=1.0, seed=3)
+    for size in (1, 2, 4):
+        assert [text for _, text in sorted(serve(tiny_gpt.model, ids, 12, batch_size=size, temperature=1.0, seed=3))] == drawn
+
+
 def test_a_line_may_say_more_than_its_prompt(tiny_gpt, tiny_bart, tmp_path):
     lines = [{"prompt": "abc"}, {"prompt": "dcba", "decoder_prompt": "ab"}, {"prompt": "ab", "max_new_tokens": 1}]
     (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)))
