@@ -3,10 +3,9 @@ Generate text: one loop, and three ways to make its step cheap.
 
     python generate.py --model out/gpt-tiny --prompt "The if statement"
     python generate.py --model out/bart-headline --prompt-file article.txt
-    python generate.py --model out/bart-headline --prompts articles.txt
     echo "The for statement" | python generate.py --model out/gpt-tiny -
 
-The loop never changes: a step finds the next id of every row, and it is appended. A *strategy* is a step:
+The loop never changes: it appends what a step finds for every row, an id or several. A *strategy* is a step:
 
     naive     run the whole model on the whole text, for every token
     hoisted   (BART) encode the source once, run the decoder on the whole target for every token
@@ -14,7 +13,6 @@ The loop never changes: a step finds the next id of every row, and it is appende
 
 All three give the same logits; they differ in what stands before the step. Ragged batches are the normal case: rows are
 padded on the right, and every row decodes at its own position. Padding lies in a row's future, so causality hides it.
-A text that outgrows block_size may slide: what the model sees of it is its newest part, see windows().
 """
 
 import json

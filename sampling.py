@@ -174,7 +174,7 @@ class Chooser:
 
     def sample(self, probs, which):
         """The places (B, 1) of draws from distributions (B, K), each by the generator of its row."""
-        upto, where = probs.cumsum(-1), [[self.generator(r).random()] for r in which]  # in [0, 1)
-        hit = upto > upto[:, -1:] * torch.tensor(where, dtype=upto.dtype, device=upto.device)
-        hit &= probs > 0  # on a GPU a sum may grow by rounding where nothing is added
-        return hit.int().argmax(-1, keepdim=True)  # the first; if rounding leaves none, the likeliest
+        upto = probs.cumsum(-1).where(probs > 0, 0)  # on a GPU a sum may grow by rounding where nothing is added
+        part = [[1 - self.generator(r).random()] for r in which]  # in (0, 1], so that somebody reaches it
+        reached = upto >= upto.amax(-1, keepdim=True) * torch.tensor(part, dtype=upto.dtype, device=upto.device)
+        return reached.int().argmax(-1, keepdim=True)  # the first who does

@@ -32,7 +32,8 @@ IDLE = {"num_samples": 1, "strategy": "cached", "overflow": "refuse"}
 UNSUPPORTED = {"encoder_repetition_penalty": 1.0, "encoder_no_repeat_ngram_size": 0, "bad_words_ids": None,
                "typical_p": 1.0, "forced_decoder_ids": None, "num_beam_groups": 1,
                "exponential_decay_length_penalty": None, "suppress_tokens": None, "begin_suppress_tokens": None,
-               "sequence_bias": None}
+               "sequence_bias": None, "guidance_scale": 1.0, "force_words_ids": None, "constraints": None,
+               "penalty_alpha": 0, "num_return_sequences": 1}
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +49,7 @@ class Request:
     max_new_tokens: int
     num_samples: int             # texts from the prompt
     rows: int                    # how often it is in the batch, each time on its own: bench.py's
-    options: dict                # further arguments of generate(): strategy, num_samples, stop, fields of Choice, ...
+    options: dict                # further arguments of generate(), or of what the technique calls in its place
     json: bool
     stats: bool
     live: bool                   # print the text as it comes
@@ -82,9 +83,9 @@ def add_arguments(parser):
         f"fits: prompt + new tokens <= block_size; of a BART source <= block_size and 1 + new tokens <= block_size")
     add("--beams", type=WHOLE, metavar="N", help="search with N beams for the best text; default: what the model's "
         "generation_config.json says, or 1 = greedy")
-    add("--ignore-eos", action="store_true", help="go on to --max-new-tokens")
+    add("--ignore-eos", action="store_true", help="go on to --max-new-tokens, whatever ends texts but --stop")
     add("--json", action="store_true", help="for machines: one JSON object a line")
-    add("--device", default="auto", help="auto, cpu, cuda or mps")
+    add("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda or mps")
     add("--dtype", choices=sorted(DTYPES), help="of the weights; default: as in the file")
     add("--seed", type=WHOLE, help="of what is drawn; default: different every time")
     # not every program has them
@@ -106,24 +107,26 @@ def parse(doc, args=None):
     parser = Parser(prog="generate.py", description=doc)
     add_arguments(parser)
     add = parser.add_argument
-    add("--num-samples", type=WHOLE, metavar="N", help="texts from one prompt, which is read once for all of them")
+    add("--num-samples", type=WHOLE, metavar="N", help="texts from one prompt, which is read once for all; default: 1")
     add("--overflow", default="refuse", choices=["refuse", "slide"], help="what becomes of a text longer than "
-        "block_size. slide: whenever it is full its first block_size / 2 tokens are forgotten, and the rest, computed "
-        "again, stands at the positions from 0 on: a prefill for every block_size / 2 tokens")
+        "block_size. refuse, the default; slide: whenever it is full its first block_size / 2 tokens are forgotten, "
+        "and the rest, computed again, stands at the positions from 0 on: a prefill for every block_size / 2 tokens")
     add("--strategy", default="cached", help=f"{STRATEGY}; default: cached")
     add("--speculate", metavar="DRAFT", help="guess tokens, verify several in one pass, write the same: lookup guesses "
-        "what followed before, DIR_OR_NAME is a small model that guesses")
+        "what followed before, DIR_OR_NAME is a small model that guesses; how many a pass found is said on stderr")
     add("--temperature", type=REAL, help="0 = greedy")
     add("--top-k", type=WHOLE, metavar="K", help="draw among the K most likely tokens")
     add("--top-p", type=REAL, metavar="P", help="draw among the most likely tokens that have probability P together")
     add("--min-p", type=REAL, metavar="P", help="draw among tokens at least P times as likely as the most likely one")
-    add("--repetition-penalty", type=REAL, metavar="P", help="above 1, what is in the text already becomes less likely")
+    add("--repetition-penalty", type=REAL, metavar="P", help="above 1, what is in the text already becomes less "
+        "likely; default: 1")
     add("--stop", action="append", default=[], metavar="TEXT", help="end before this text, taken as it stands (no \\n "
         "becomes a line end), which is not printed; may be given several times")
-    add("--chat", action="store_true", help="read lines from standard input, answer each")
-    add("--length-penalty", type=REAL, metavar="X", help="of beams: a text's score is log-probability / length ** X")
-    add("--early-stopping", choices=("true", "false", "never"), help="of beams: stop when N texts have ended; when "
-        "besides no other would beat them by ending there; when none could at any length")
+    add("--chat", action="store_true", help="read lines from standard input, answer each; with --seed all draw alike")
+    add("--length-penalty", type=REAL, metavar="X", help="of beams: a text's score is log-probability / length ** X; "
+        "default: 1")
+    add("--early-stopping", choices=("true", "false", "never"), help="of beams: stop when N texts have ended (true); "
+        "when besides no other would beat them by ending there (false, the default); when none could at any length")
     add("--stats", action="store_true", help="what it took, on standard error")
     add("--no-stream", action="store_true", help="print the text when it is complete")
     add("--prompts", metavar="FILE", help="many prompts, one a line; or, in a .jsonl file, one JSON object a line: "

@@ -9,6 +9,7 @@ which is not timed; whether both write the same is said.
 import tempfile
 import time
 from argparse import Namespace
+from functools import lru_cache
 from statistics import median
 
 import torch
@@ -38,22 +39,22 @@ def beams_here(request, rows, n):
 
 
 def beams_of_transformers(request, rows, n):
-    return [theirs(request).generate(torch.tensor([row]), max_new_tokens=n, do_sample=False,
+    return [theirs(request.model).generate(torch.tensor([row]), max_new_tokens=n, do_sample=False,
                                      num_beams=request.options["beams"], eos_token_id=None)[0, -n:].tolist()
             for row in rows]
 
 
-def theirs(request, loaded={}):
-    """The model in transformers, which reads it from a disk once."""
-    if not loaded:
-        import transformers
-        cls = transformers.BartForConditionalGeneration if request.model.config.is_encoder_decoder \
-            else transformers.GPT2LMHeadModel
-        with tempfile.TemporaryDirectory() as folder:
-            save_pretrained(folder, request.model)
-            loaded["model"] = cls.from_pretrained(folder).eval()
-        loaded["model"].generation_config.forced_eos_token_id = None
-    return loaded["model"]
+@lru_cache
+def theirs(model):
+    """The model in transformers."""
+    import transformers
+    bart = model.config.is_encoder_decoder
+    with tempfile.TemporaryDirectory() as folder:
+        save_pretrained(folder, model)
+        cls = transformers.BartForConditionalGeneration if bart else transformers.GPT2LMHeadModel
+        loaded = cls.from_pretrained(folder).eval()
+    loaded.generation_config.forced_eos_token_id = None
+    return loaded
 
 
 def one_a_pass(request, rows, n):
@@ -102,10 +103,13 @@ def measure(args, fresh):
     request, ways = cli.read(args), WAYS[args.section]
     if args.section == "beams" and request.technique != "beams":
         raise UserError("beams needs a number of beams above 1: give --beams N")
+    if args.section == "beams" and args.random is None:
+        raise UserError(f"beams with --model {args.model}: what its publishers ask for is not handed to transformers; "
+                        f"give --random CONFIG")
+    if args.rows > 1:
+        raise UserError(f"--num-samples {args.rows}: {args.section} knows its texts; leave it out")
     if args.section == "batch" and len(request.ids) < ROWS:
         raise UserError(f"a prompt of {len(request.ids)} tokens: give at least {ROWS}, for prompts of as many lengths")
-    config, args.random_seed = request.model.config, None
-    del request
     found = {way: [] for way in ways}
     for _ in range(args.pairs):
         for way in ways:

@@ -123,7 +123,6 @@ def test_two_ways_take_turns_and_write_the_same(args, ways, rows, monkeypatch):
 
     monkeypatch.setattr(bench, "fresh", fresh)
     monkeypatch.setattr(pairs, "LEAST", 0.0)
-    monkeypatch.setattr(pairs, "theirs", lambda request, keep=pairs.theirs: keep(request, {}))
     args += [*SMALL, "--prompt-tokens", 16, "--max-new-tokens", 6, "--pairs", 2]
     outcome = call(bench.main, *args, "--json")
     assert outcome.code == 0, outcome
@@ -139,7 +138,8 @@ def test_two_ways_take_turns_and_write_the_same(args, ways, rows, monkeypatch):
 
 
 @pytest.mark.parametrize("args, words", [
-    (["batch", "--pairs", 0], "--pairs 0"), (["batch"], "at least 8"), (["beams"], "--beams N"), (["beams", "--beams", 0], "--beams 0")])
+    (["batch", "--pairs", 0], "--pairs 0"), (["batch"], "at least 8"), (["beams"], "--beams N"), (["beams", "--beams", 0], "--beams 0"),
+    (["batch", "--num-samples", 2], "--num-samples 2")])
 def test_ways_that_cannot_be_compared_are_refused(args, words):
     outcome = call(bench.main, *args, "--random", "gpt2", "--model.n_layer=1", *SMALL, "--prompt-tokens", 5)
     assert outcome.code == 2 and outcome.out == "" and outcome.err.count("\n") == 1 and words in outcome.err

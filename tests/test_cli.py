@@ -18,6 +18,7 @@ import generate
 import model
 import sampling
 import train
+from plumbing.cli import APART
 from plumbing.errors import UserError, run
 from plumbing.weights import load_pretrained, save_pretrained
 
@@ -687,3 +688,19 @@ def test_exit_codes_have_one_home(capsys):
         assert exit.value.code == code and out == "" and err.count("\n") == 1
     with pytest.raises(ZeroDivisionError):  # a mistake of ours keeps its traceback
         run(failing(ZeroDivisionError()))
+
+
+FLAGS = {"num_samples": ["--num-samples", 2], "strategy": ["--strategy", "naive"], "overflow": ["--overflow", "slide"],
+         "speculate": ["--speculate", "lookup"], "chat": ["--chat"], "stats": ["--stats"], "json": ["--json"],
+         "decoder_prompt": ["--decoder-prompt", "a"], "prompts": ["--prompts", "p.txt"]}
+
+
+@pytest.mark.parametrize("technique, other", [(a, b) for a, others in APART.items() for b in others]
+                         + [("beams", b) for b in ("strategy", "overflow", "speculate", "chat", "prompts")])
+def test_what_does_not_go_together_is_refused_by_both_names(technique, other, tiny_gpt, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "p.txt").write_text("the cat\n")
+    words = [*(["--beams", 3] if technique == "beams" else FLAGS[technique]), *FLAGS[other], "--max-new-tokens", 4]
+    words += [] if {"prompts", "chat"} & {technique, other} else ["--prompt", "the"]
+    assert_refused(outcome := call(generate.main, "--model", tiny_gpt.path, "--temperature", 0.5 * (other == "num_samples"), *words))
+    assert f"--{technique}" in outcome.err and f"--{other.replace('_', '-')}" in outcome.err

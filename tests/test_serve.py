@@ -9,7 +9,6 @@ from collections import Counter
 from dataclasses import asdict, replace
 
 import pytest
-import torch
 from conftest import call, finish, shell
 
 import further.serve
@@ -311,3 +310,16 @@ def test_control_c_in_a_real_process(tiny_gpt, tmp_path):
     outcome = finish(process)
     assert outcome.code == 130 and outcome.err == "interrupted\n"
     assert all(json.loads(line)["prompt"] == "the cat" for line in [first, *outcome.out.splitlines()])
+
+
+def test_the_bar_counts_prompts_that_have_ended(tiny_gpt, tmp_path, monkeypatch):
+    counted = []
+
+    class Bar(further.serve.tqdm):
+        def update(self, n=1):
+            counted.append((n, self.total))
+
+    monkeypatch.setattr(further.serve, "tqdm", Bar)
+    (tmp_path / "prompts.txt").write_text("the\nthe cat\na\n")
+    found = call(program.main, "--model", tiny_gpt.path, "--prompts", tmp_path / "prompts.txt", "--max-new-tokens", 3)
+    assert found.code == 0 and counted == [(1, 3)] * 3

@@ -206,11 +206,11 @@ def exact(model, prompt, M, choice):
 @pytest.mark.parametrize("fields", [{}, dict(top_k=3), dict(top_p=0.8), dict(temperature=0.6, min_p=0.05)], ids=str)
 @pytest.mark.parametrize("draft", ["lookup", "small"])
 def test_texts_have_the_probabilities_of_plain_sampling(draft, fields):
-    """Chi-square over all texts of three tokens; MINDECODE_CASES=20 takes twenty times as many."""
+    """Chi-square over all texts of three tokens; MINDECODE_DRAWS=20 takes twenty times as many."""
     kind = "bart" if "top_k" in fields else "gpt"
     fields = dict(temperature=1.0) | fields
     model, prompt, M = tiny(kind, 5, vocab_size=4), [3, 1, 2, 3], 3
-    n = 1000 * int(os.environ.get("MINDECODE_CASES", 1))
+    n = 1000 * int(os.environ.get("MINDECODE_DRAWS", 1))
     small = tiny(kind, 6, vocab_size=4)
     drawn = generate(model, [prompt] * n, M, ignore_eos=True, seed=1, **fields,
                      speculate=draft if draft == "lookup" else small)
@@ -339,6 +339,8 @@ def test_the_command_writes_the_same_and_tells_the_tokens_of_a_pass(tiny_gpt, dr
         assert found[2] == f"{20 / int(found[1]):.2f}"
         each[name] = 20 / int(found[1])
     assert each["itself"] == 5 and each["lookup"] > 1 and each["random"] < 1.5, each
+    several = "--num-samples", 2, "--temperature", 1, "--seed", 1, "--speculate", tiny_gpt.path
+    assert call(program.main, *args, *several).err == "40 new tokens in 8 passes: 5.00 each\n"
 
 
 def test_a_text_that_repeats_is_written_in_few_passes(parrot):
