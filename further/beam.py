@@ -24,7 +24,7 @@ import torch
 
 from cost import predict
 from generate import advance, encode, project
-from plumbing.checks import check_forced, prepare
+from plumbing.checks import check_count, check_forced, prepare
 from plumbing.errors import UserError
 from plumbing.models import free_memory
 from sampling import Choice, Chooser
@@ -74,6 +74,7 @@ def beam_search(model, prompts, max_new_tokens, *, beams, length_penalty=1.0, ea
                         f"is usually between 0 and 2")
     if early_stopping not in (True, False, "never") or type(early_stopping) not in (bool, str):
         raise UserError(f"early_stopping={early_stopping!r:.60} must be true, false or never")
+    check_count("max_new_tokens", max_new_tokens)
     sources, rows = prepare(model, prompts, max_new_tokens, decoder_prompts)
     check_forced(choice, model.config)
     ends, limits = [] if ignore_eos else model.config.end_ids, [len(row) + max_new_tokens for row in rows]

@@ -22,13 +22,14 @@ import cost
 from attention import NOWHERE
 from cache import Memory
 from generate import advance, encode, pad, project, stream
-from plumbing.checks import prepare
+from plumbing.checks import check_room, prepare
 from plumbing.errors import UserError, naming
 from plumbing.models import free_memory
 
 
 def continuous(model, sources, B, room, choose, batch_size=None):
     """A strategy, see generate.py, of batch_size rows, None for B. Raises UserError if their caches need too much."""
+    check_room(choose, room)
     width, longest = min(batch_size or B, B), max(map(len, sources or [[]]))
     check_caches(model, longest, width, room)
     cache, memory, held, n = model.new_cache(width, room), None, [None] * width, None  # held: whose text is in each row

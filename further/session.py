@@ -65,7 +65,7 @@ class Session:
         room = self.length - len(self.ids)
         if room < 1:
             raise UserError(f"{len(self.ids)} tokens fill the {self.length} of this conversation, and no answer fits: "
-                            f"begin another one, or rewind() or become() something shorter")
+                            f"begin another one")
         self.keep(len(self.ids) - 1)  # the last id must enter, for its logits: it did if the answer behind it failed
         steps = stream(self.model, [self.ids], min(max_new_tokens, room), strategy=partial(cached, cache=self.cache),
                        stop=Stops(self.tokenizer, stops), **choice)
@@ -78,8 +78,12 @@ class Session:
             yield "".join(map(decoder.push, new))
         rest, new = decoder.flush(), self.ids[start:]
         whole, more = self.tokenizer.within(new, decoder.size)
+        tail = b"".join(map(self.tokenizer.token_bytes, new[whole : whole + 1]))[:more]
+        while whole and 0x80 <= (tail or b"a")[0] < 0xC0:  # the later bytes of a character that began in a token before
+            whole -= 1
+            tail = self.tokenizer.token_bytes(new[whole]) + tail
         self.rewind(start + whole)
-        self.tail = b"".join(map(self.tokenizer.token_bytes, new[whole : whole + 1]))[:more]
+        self.tail = tail
         yield rest
 
     def rewind(self, n):

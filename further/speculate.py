@@ -12,7 +12,8 @@ the newest ids when they last occurred, in the row or its source, or a small mod
 
 With sampling, texts keep their distribution (Leviathan et al. 2023, algorithm 1). Let p be the model's, and q what the
 guess x was drawn from. The next id is x with probability a = min(1, p(x) / q(x)), and else is drawn from max(p - q, 0).
-Where q is certain of x, that is a draw from p as ever, which then is the guess or is not; and greedy is the same.
+Where q is certain of x, that is a draw from p as ever, which then is the guess or is not; and greedy is the same. With
+a small model and a seed, a text also depends on how many ids there is room to guess, so on the longest one beside it.
 """
 
 from functools import partial
@@ -20,6 +21,7 @@ from functools import partial
 import torch
 
 from generate import advance, encode, project
+from plumbing.checks import check_room
 from plumbing.errors import NonFiniteError, UserError
 
 GUESSES = 4  # of each row, in every pass
@@ -138,6 +140,7 @@ def accepted(choose, logits, row, r, guesses, drawn):
 
 def speculative(model, sources, B, room, choose, make_draft):
     """A strategy, as in generate.py, with the draft make_draft(sources, B, room, choose)."""
+    check_room(choose, room)
     draft, decoding = make_draft(sources, B, room, choose), Decoding(model, sources, B, room)
 
     def step(rows, which):

@@ -26,6 +26,14 @@ def check_count(name, value):
         raise UserError(f"{name}={value!r:.60} must be a whole number, at least 1 and less than 2**31")
 
 
+def check_room(choose, room):
+    """Raise UserError where a text outgrows its room: how it slides is known to the strategies of generate.py alone."""
+    longest = max(getattr(choose, "limits", None) or [0])
+    if longest > room:
+        raise UserError(f"a text of {longest} tokens does not fit {room}, and this strategy does not let it slide: "
+                        f"leave out overflow, or the strategy")
+
+
 def for_each(max_new_tokens, rows):
     """max_new_tokens as a list of one per row. Raises UserError on a list of another length."""
     most = max_new_tokens if isinstance(max_new_tokens, list | tuple) else [max_new_tokens] * len(rows)
@@ -58,5 +66,5 @@ def prepare(model, prompts, max_new_tokens, decoder_prompts, overflow="refuse"):
     for row, n in zip(rows, most):
         if overflow == "refuse" and len(row) + n > config.block_size:
             raise UserError(f"{len(row)} tokens and max_new_tokens={n} do not fit block_size={config.block_size}: "
-                            f"shorten the prompt, ask for fewer, or let it slide (--overflow slide)")
+                            f"shorten the prompt or ask for fewer (a single text may slide: --overflow slide)")
     return sources, rows

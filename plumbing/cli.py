@@ -166,8 +166,9 @@ def check(args):
     for technique, others in APART.items():
         for other in others if getattr(args, technique) else []:
             if getattr(args, other) not in (IDLE.get(other), None, False):
-                raise UserError(f"--{other.replace('_', '-')} {getattr(args, other)} and --{technique} do not go "
-                                f"together: leave one of them out")
+                value = "" if getattr(args, other) is True else f" {getattr(args, other)}"
+                raise UserError(f"--{other.replace('_', '-')}{value} and --{technique} do not go together: leave one "
+                                f"of them out")
     if args.beams is not None and not 1 <= args.beams <= MAX_SAMPLES:
         raise UserError(f"--beams {args.beams} must be from 1 (greedy) to {MAX_SAMPLES}")
 
@@ -250,7 +251,7 @@ def load_draft(args, tokenizer):
         return args.speculate
     directory = locate(args.speculate)
     theirs = load_tokenizer(directory)
-    if theirs is None or (theirs.tokens, theirs.specials) != (tokenizer.tokens, tokenizer.specials):
+    if None in (theirs, tokenizer) or (theirs.tokens, theirs.specials) != (tokenizer.tokens, tokenizer.specials):
         raise UserError(f"--speculate {args.speculate!r:.150} does not have the tokenizer of --model {args.model}: "
                         f"choose a draft that was trained with the same one, or lookup")
     return load_model(directory, DTYPES.get(args.dtype), pick_device(args.device))
@@ -320,6 +321,9 @@ def publishers_rules(args, model, tokenizer, published, start):
         if published.get(key, idle) not in (idle, None):
             raise UserError(f"generation_config.json asks for {key}={published[key]!r:.60}, which is not supported: "
                             f"delete it there to generate without")
+    if args.chat and published.get("min_new_tokens"):
+        raise UserError(f"generation_config.json asks for min_new_tokens={published['min_new_tokens']!r:.60}, which "
+                        f"--chat cannot honour, whose text goes on: delete it there")
     config = model.config
     real = min(tokenizer.n_vocab, config.vocab_size) if tokenizer else config.vocab_size  # a vocabulary may be padded
     max_new_tokens = args.max_new_tokens
@@ -330,13 +334,16 @@ def publishers_rules(args, model, tokenizer, published, start):
         max_new_tokens = max(1, (longest if slides else min(longest, config.block_size)) - start)
     least = max(integer(published, "min_length", 0), start + integer(published, "min_new_tokens", -start))
     first = integer(published, "forced_bos_token_id", None, real)
-    return max_new_tokens, {
+    rules = {
         "repetition_penalty": 1.0 if (penalty := published.get("repetition_penalty")) is None else penalty,
         "min_length": least,
         "no_repeat_ngram": integer(published, "no_repeat_ngram_size", 0) or None,
         "forced_last": integer(published, "forced_eos_token_id", None, real),
         "forced_first": first if config.is_encoder_decoder else None,
         "n_vocab": real}
+    with naming("generation_config.json"):
+        Choice(**rules).validate()
+    return max_new_tokens, rules
 
 
 def beam_options(args, published, n_vocab, stops):

@@ -106,6 +106,10 @@ def measure(args, fresh):
     if args.section == "beams" and args.random is None:
         raise UserError(f"beams with --model {args.model}: what its publishers ask for is not handed to transformers; "
                         f"give --random CONFIG")
+    if request.technique and args.section != "beams":
+        raise UserError(f"--beams is for bench.py beams: pass --beams 1 to bench.py {args.section}")
+    if args.section == "batch" and args.decoder_prompt is not None:
+        raise UserError(f"--decoder-prompt {args.decoder_prompt!r:.60} is for one text: leave it out")
     if args.rows > 1:
         raise UserError(f"--num-samples {args.rows}: {args.section} knows its texts; leave it out")
     if args.section == "batch" and len(request.ids) < ROWS:

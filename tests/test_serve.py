@@ -252,7 +252,7 @@ BAD = {  # the file, its flags, and what the line on stderr must name
     "real.txt": ("a", "--batch-size 1e9", "whole number value: '1e9'"),
     "samples.txt": ("a", "--temperature 1 --num-samples 2", "--num-samples 2 and --prompts do not go"),
     "naive.txt": ("a", "--strategy naive", "--strategy naive and --prompts do not go"),
-    "stats.txt": ("a", "--stats", "--stats True and --prompts do not go"),
+    "stats.txt": ("a", "--stats", "--stats and --prompts do not go"),
     "rule.txt": ("a", "--temperature 1 --top-k 0", "top_k=0"),
     "both.txt": ("a", "--prompt b", "one prompt"),
 }

@@ -381,3 +381,13 @@ def test_a_source_that_is_too_long_for_the_draft_is_refused():
     with pytest.raises(UserError, match="block_size=9 of the draft is less than the 12 tokens"):
         stream(tiny("bart"), [[3] * 12], 4, speculate=tiny("bart", block_size=9))
     assert generate(tiny("bart"), [[3] * 9], 4, speculate=tiny("bart", block_size=9)) == generate(tiny("bart"), [[3] * 9], 4)
+
+
+def test_a_strategy_that_knows_no_sliding_refuses_it_by_name():
+    from further.serve import continuous
+    model = tiny("gpt", 1)
+    M = model.config.block_size
+    for strategy in (continuous, speculate.lookup):
+        with pytest.raises(UserError, match=f"{M + 2} tokens does not fit {M}, and this strategy"):
+            generate(model, [[1, 2]], M, strategy=strategy, overflow="slide")
+        assert generate(model, [[1, 2]], M - 2, strategy=strategy) == generate(model, [[1, 2]], M - 2)
