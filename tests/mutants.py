@@ -11,6 +11,7 @@ lines or not at all, is told as that. Exits with 1 if a mutant survives.
 """
 
 import functools
+import inspect
 import math
 import os
 import subprocess
@@ -994,7 +995,7 @@ def a_row_that_slides_alone_reads_the_memory_of_the_first():
         return original(model, texts, cache, memory and memory.take([0] * len(memory.kv[0][0])))
 
 
-def serving():
+def serve():
     import further.serve
     return further.serve
 
@@ -1003,7 +1004,7 @@ def serving():
 def the_padding_of_a_source_is_read():
     import torch
 
-    @around(serving(), "widened")
+    @around(serve(), "widened")
     def widened(original, memory, N):
         wide = original(memory, N)
         return wide._replace(key_pos=torch.arange(N)[None])
@@ -1011,7 +1012,7 @@ def the_padding_of_a_source_is_read():
 
 @mutant
 def a_new_source_is_as_long_as_the_one_before_it():
-    @around(serving(), "place")
+    @around(serve(), "place")
     def place(original, memory, i, own):
         original(memory, i, own._replace(key_pos=memory.key_pos[i : i + 1].clone()))
 
@@ -1023,7 +1024,7 @@ def a_text_begins_in_a_copy_of_its_row():
 
 @mutant
 def a_text_is_told_without_what_it_found_last():
-    @around(serving(), "ended")
+    @around(serve(), "ended")
     def ended(original, steps):
         return ((r, ids[:-1] or ids) for r, ids in original(steps))
 
@@ -1077,14 +1078,14 @@ def the_best_running_text_is_judged_as_if_it_were_longer():
 # What is guessed
 
 
-def guessing():
+def speculate_module():
     from further import speculate
     return speculate
 
 
 @mutant
 def what_is_not_accepted_is_drawn_from_the_model_itself():
-    speculate = guessing()
+    speculate = speculate_module()
 
     @around(speculate, "given")
     def given(original, p, q, x):
@@ -1096,7 +1097,7 @@ def what_is_not_accepted_is_drawn_from_the_model_itself():
 
 @mutant
 def guesses_are_judged_by_the_row_before_them_all():
-    speculate = guessing()
+    speculate = speculate_module()
 
     @around(speculate, "accepted")
     def accepted(original, choose, logits, row, *others):
@@ -1106,7 +1107,7 @@ def guesses_are_judged_by_the_row_before_them_all():
 
 @mutant
 def rows_leave_before_what_was_wrong_is_rewound():
-    speculate = guessing()
+    speculate = speculate_module()
 
     @around(speculate.Decoding, "logits")
     def logits(original, self, rows, which, last):
@@ -1125,7 +1126,7 @@ def what_a_draft_guesses_stays_in_its_cache():
 
 @mutant
 def a_pass_finds_no_more_than_was_guessed():
-    speculate = guessing()
+    speculate = speculate_module()
 
     @around(speculate, "accepted")
     def accepted(original, choose, logits, row, r, guesses, drawn):
@@ -1142,7 +1143,9 @@ def pytest_configure(config):
 
 def outcome(name):
     """What becomes of a mutant: "noticed", "SURVIVES" or "NO LONGER FITS" (it breaks in its own lines); and by which test."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "--tb=line", "-p", "no:cacheprovider", "-p", "mutants", *TESTS]
+    lines = inspect.getsource(MUTANTS[name])  # first the tests of what it names
+    tests = sorted(TESTS, key=lambda path: Path(path).stem.removeprefix("test_") not in lines)
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "--tb=line", "-p", "no:cacheprovider", "-p", "mutants", *tests]
     env = os.environ | {"OMP_NUM_THREADS": "1", "MINDECODE_MUTANT": name, "PYTHONPATH": str(ROOT / "tests")}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
     lines = done.stdout.splitlines()
