@@ -63,6 +63,6 @@ def patterns(config, n_layer):
     if len(names) != n_layer:
         raise UserError(f"pattern has {len(names)} entries for {n_layer} layers: give one for each, or one for all")
     sizes = config.n_head, config.n_kv_head or config.n_head, config.block_size
-    for name in names:
+    for name in config.pattern if isinstance(config.pattern, list) else names[:1]:
         named(name, *sizes)
     return [None if name == "full" else lambda p, name=name: named(name, *sizes, p) for name in names]
