@@ -64,7 +64,7 @@ LONG = 2**31 - 1  # a length that no text reaches
 @dataclass(frozen=True)
 class Slots:
     """
-    Where a layer keeps positions: each in a slot of its own, for ever. Where a pattern declares others (sparse.py),
+    Where a layer keeps positions: each in a slot of its own, for ever. Where a pattern declares others (evict.py),
     positions share slots, and a newer one evicts an older, which no later query can see.
     """
 

@@ -320,7 +320,8 @@ def write_text(request):
 
 def show_stats(request, rows, seconds):
     """What the generation took, on stderr."""
-    config, strategy, N, begun = request.model.config, request.options["strategy"], len(request.ids), len(request.begun)
+    config, N, begun = request.model.config, len(request.ids), len(request.begun)
+    strategy = request.options.get("strategy", "cached")
     kept, longest = "", config.starts(N) + begun + request.max_new_tokens
     S = min(longest, config.block_size)  # what slides fills a block
     if strategy in cost.FORMULAS:  # what one of your own keeps is not known

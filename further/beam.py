@@ -22,11 +22,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from cost import predict
 from generate import advance, encode, project
-from plumbing.checks import check_count, check_forced, prepare
+from plumbing.checks import check_caches, check_count, check_forced, prepare
 from plumbing.errors import UserError
-from plumbing.models import free_memory
 from sampling import Choice, Chooser
 
 STEEPEST = 32  # length ** length_penalty is a float for whatever length
@@ -67,8 +65,7 @@ def beam_search(model, prompts, max_new_tokens, *, beams, length_penalty=1.0, ea
     "never", when none could at any length. Raises UserError if the request is not possible, before anything is
     computed; NonFiniteError if the logits are no numbers, or the rules leave some text no token.
     """
-    if type(beams) is not int or not 1 <= beams < 2**31:
-        raise UserError(f"beams={beams!r:.60} must be a whole number, at least 1 (greedy) and less than 2**31")
+    check_count("beams", beams)
     if type(length_penalty) not in (int, float) or not abs(length_penalty) <= STEEPEST:
         raise UserError(f"length_penalty={length_penalty!r:.60} must be a number from {-STEEPEST} to {STEEPEST}, and "
                         f"is usually between 0 and 2")
@@ -84,18 +81,10 @@ def beam_search(model, prompts, max_new_tokens, *, beams, length_penalty=1.0, ea
                         f"call generate()")
     found = [Finished(beams, max_new_tokens, length_penalty, early_stopping) for _ in rows]
     if rows:
-        check_memory(model, beams * len(rows), max(limits))
+        check_caches(f"{beams * len(rows)} beams of {max(limits)} positions", "ask for fewer, or shorter ones", model,
+                     beams * len(rows), max(limits))
         search(model, sources, rows, choose, found, use_cache)
     return [finished.texts for finished in found]
-
-
-def check_memory(model, rows, room):
-    """Raise UserError if a cache of so many rows, each of `room` positions, does not fit the memory that is free."""
-    weight, device = model.wte.weight, str(model.wte.weight.device)
-    need = predict(model.config, "cached", 1, 1, rows, weight.element_size(), begun=room - 2)["self_cache_bytes"]
-    if need > free_memory(device):
-        raise UserError(f"{rows} beams of {room} positions need {need / 2**30:,.1f} GiB and "
-                        f"{free_memory(device) / 2**30:,.1f} GiB are free on {device}: ask for fewer, or shorter ones")
 
 
 @torch.inference_mode()

@@ -52,17 +52,17 @@ WAYS = {"mean": mean, "span": span}
 def pool(module, groups, way):
     """The new tensors of an attention whose heads share so many keys and values, by name."""
     KV, D = module.n_kv_head, module.head_dim
-    parts = {"c_attn": 0} if hasattr(module, "c_attn") else {"c_q": 0, "c_kv": module.n_head * D}  # where each begins
-    rows = [getattr(module, name) for name in parts]
-    rows = torch.cat([torch.cat([part.weight, part.bias[:, None]], 1) for part in rows]).double()  # (..., C + 1)
+    names = ["c_attn"] if hasattr(module, "c_attn") else ["c_q", "c_kv"]
+    parts = [getattr(module, name) for name in names]
+    rows = torch.cat([torch.cat([part.weight, part.bias[:, None]], 1) for part in parts]).double()  # (..., C + 1)
     q, k, v = rows.unflatten(0, (-1, D)).split([module.n_head, KV, KV])
     (k, asks), (v, adds) = (way(x.unflatten(0, (groups, -1))) for x in (k, v))
     asks, adds = (x.flatten(0, 1).repeat_interleave(module.n_head // KV, 0) for x in (asks, adds))  # (H, D, D)
     out = module.c_proj.weight.double().unflatten(1, (-1, D)).transpose(0, 1)  # (H, C, D)
-    rows, new = torch.cat([asks.mT @ q, k, v]).flatten(0, 1), {}
-    for (name, start), stop in zip(parts.items(), [*list(parts.values())[1:], None]):
-        new |= {f"{name}.weight": rows[start:stop, :-1], f"{name}.bias": rows[start:stop, -1]}
-    return new | {"c_proj.weight": (out @ adds).transpose(0, 1).flatten(1)}
+    rows, new = torch.cat([asks.mT @ q, k, v]).flatten(0, 1), {"c_proj.weight": (out @ adds).transpose(0, 1).flatten(1)}
+    for name, part in zip(names, rows.tensor_split([module.n_head * D][: len(names) - 1])):
+        new |= {f"{name}.weight": part[:, :-1], f"{name}.bias": part[:, -1]}
+    return new
 
 
 def convert(model, way=mean, **kv_heads):

@@ -18,26 +18,26 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-import cost
 from attention import NOWHERE
 from cache import Memory
-from generate import advance, encode, pad, project, stream
-from plumbing.checks import check_room, prepare
-from plumbing.errors import UserError, naming
-from plumbing.models import free_memory
+from generate import advance, asking, encode, pad, project, stream
+from plumbing.checks import check_caches, check_count, check_room, prepare
+from plumbing.errors import naming
 
 
 def continuous(model, sources, B, room, choose, batch_size=None):
     """A strategy, see generate.py, of batch_size rows, None for B. Raises UserError if their caches need too much."""
     check_room(choose, room)
     width, longest = min(batch_size or B, B), max(map(len, sources or [[]]))
-    check_caches(model, longest, width, room)
-    cache, memory, held, n = model.new_cache(width, room), None, [None] * width, None  # held: whose text is in each row
+    check_caches(f"batch_size={width}: keys and values of so many rows", "choose a smaller one or shorter texts", model,
+                 width, room, longest)
+    cache, memory, held = model.new_cache(width, room), None, [None] * width  # held: whose text is in each row
+    asked = asking(B)
 
-    def enter(i, r, text):
-        """Text r begins in row i: all of it but the last id."""
+    def enter(i, source, text):
+        """A text of this source begins in row i: all of it but the last id."""
         nonlocal memory
-        own = project(model, *encode(model, sources and [sources[r // n]]))
+        own = project(model, *encode(model, sources and [sources[source]]))
         if own:
             wide = widened(own, longest)
             memory = memory or wide.take([0] * width)
@@ -49,14 +49,14 @@ def continuous(model, sources, B, room, choose, batch_size=None):
 
     @torch.inference_mode()
     def step(rows, which):
-        nonlocal memory, held, n
-        n = n or len(rows) // B  # neighbouring texts ask one source
+        nonlocal memory, held
+        source = dict(zip(which, asked(which)))
         texts = dict(zip(which[: len(held)], rows))  # those that go on, and those that have waited longest
         waiting = [r for r in texts if r not in held]
         for i, r in enumerate(held):
             if r not in texts and waiting:
                 held[i] = waiting.pop(0)
-                enter(i, held[i], texts[held[i]])
+                enter(i, source[held[i]], texts[held[i]])
         kept = [i for i, r in enumerate(held) if r in texts]
         if len(kept) < len(held):  # nobody waits any more
             cache.reorder(kept)
@@ -66,17 +66,6 @@ def continuous(model, sources, B, room, choose, batch_size=None):
         return [found.get(r, []) for r in which]
 
     return step
-
-
-def check_caches(model, longest, width, room):
-    """Raise UserError unless `width` rows of `room` positions, and sources of the longest, fit the memory."""
-    device, itemsize = str(model.wte.weight.device), model.wte.weight.element_size()
-    N, begun = (longest, room - 2) if longest else (room - 1, 0)  # a last step that fills the room
-    predicted = cost.predict(model.config, "cached", N, 1, width, itemsize, begun)
-    need, have = predicted["self_cache_bytes"] + predicted["cross_cache_bytes"], free_memory(device)
-    if need > have:
-        raise UserError(f"batch_size={width}: keys and values of so many rows need {need / 2**30:,.1f} GiB and "
-                        f"{have / 2**30:,.1f} GiB are free on {device}: choose a smaller one or shorter texts")
 
 
 def widened(memory, N):
@@ -98,8 +87,7 @@ def serve(model, prompts, max_new_tokens, *, batch_size=8, **options):
     ids) as they end, the ids that generate() gives. options: those of generate(). Raises UserError if the request is
     not possible, before anything is computed.
     """
-    if type(batch_size) is not int or batch_size < 1:
-        raise UserError(f"batch_size={batch_size!r:.60} must be a whole number, at least 1")
+    check_count("batch_size", batch_size)
     return ended(stream(model, prompts, max_new_tokens, strategy=partial(continuous, batch_size=batch_size), **options))
 
 

@@ -125,7 +125,7 @@ def command(request):
     if sys.stdin is None:
         raise UserError("standard input is closed: --chat reads from it what is said")
     session, say = Session(request.model, request.tokenizer), partial(print, end="", flush=True)
-    choice = {key: value for key, value in request.options.items() if key not in ("strategy", "stop")}
+    choice = {key: value for key, value in request.options.items() if key != "stop"}
     stream(request.model, [request.ids or [0]], request.max_new_tokens, **request.options)  # before a line is read
     session.become(request.ids)
     say(request.shown)

@@ -20,7 +20,7 @@ from functools import partial
 
 import torch
 
-from generate import advance, encode, project
+from generate import advance, asking, encode, project
 from plumbing.checks import check_room
 from plumbing.errors import NonFiniteError, UserError
 
@@ -32,14 +32,14 @@ class Decoding:
     """What generate.cached keeps, of the rows of B prompts, neighbours being samples of one; rows may be taken back."""
 
     def __init__(self, model, sources, B, room):
-        self.model, self.B, self.room, self.cache = model, B, room, None
+        self.model, self.asked, self.room, self.cache = model, asking(B), room, None
         self.memory = project(model, *encode(model, sources))
 
     def logits(self, rows, which, last):
         """(B, last, V), of the last positions of each row, whatever stood there or behind them before."""
         if self.cache is None:
             self.cache, self.held = self.model.new_cache(len(rows), self.room), which
-            self.memory = self.memory and self.memory.take([r * self.B // len(rows) for r in which])
+            self.memory = self.memory and self.memory.take(self.asked(which))
         kept, known = [self.held.index(r) for r in which], list(self.cache.filled)
         for i, row in zip(kept, rows):
             known[i] = min(known[i], len(row) - last)
@@ -66,12 +66,10 @@ def look_up(text, k):
 
 
 def lookup_draft(sources, B, room, choose):
-    total = None
+    asked = asking(B)
 
     def draft(rows, which, k):
-        nonlocal total
-        total = total or len(rows)  # neighbours are samples of one prompt
-        before = [sources[r * B // total] if sources else [] for r in which]
+        before = [sources[s] if sources else [] for s in asked(which)]
         return [[*row, *look_up([*source, *row], k)] for source, row in zip(before, rows)], [None] * k
 
     return draft

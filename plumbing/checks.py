@@ -1,6 +1,8 @@
 """What a request for texts may hold: refused here, before anything is computed."""
 
+from cost import predict
 from plumbing.errors import UserError
+from plumbing.models import free_memory
 
 
 def check_ids(what, rows, vocab_size, least=1):
@@ -32,6 +34,17 @@ def check_room(choose, room):
     if longest > room:
         raise UserError(f"a text of {longest} tokens does not fit {room}, and this strategy does not let it slide: "
                         f"leave out overflow, or the strategy")
+
+
+def check_caches(what, remedy, model, rows, room, source=0):
+    """Raise UserError unless `rows` rows of `room` positions, with sources of so many tokens, fit the free memory."""
+    weight, device = model.wte.weight, str(model.wte.weight.device)
+    predicted = predict(model.config, "cached", source or 1, 1, rows, weight.element_size(), begun=room - 2)
+    need = predicted["self_cache_bytes"] + (predicted["cross_cache_bytes"] if source else 0)
+    have = free_memory(device)
+    if need > have:
+        raise UserError(f"{what} need {need / 2**30:,.1f} GiB and {have / 2**30:,.1f} GiB are free on {device}: "
+                        f"{remedy}")
 
 
 def for_each(max_new_tokens, rows):

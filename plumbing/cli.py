@@ -23,11 +23,12 @@ STRATEGY = "naive, hoisted (BART), cached, or MODULE:FUNCTION for one of your ow
 SOURCES = [["--model", "--prompt"], ["--model", "--prompt-file"], ["--model", "-"], ["--model", "--prompts"],
            ["--random", "--prompt-tokens"]]
 CHATS = [["--model"], *SOURCES[:2]]  # standard input is what is said
-# a technique and what does not go with it; beams are refused later, since a generation_config.json may ask for them
+IDLE = {"num_samples": 1, "strategy": "cached", "overflow": "refuse"}  # what these are unless something else is asked
+# a technique and what does not go with it; beams come last, since a generation_config.json may ask for them
 APART = {"prompts": ["num_samples", "strategy", "overflow", "speculate", "chat", "stats"],
          "chat": ["num_samples", "strategy", "overflow", "speculate", "decoder_prompt", "json"],
-         "speculate": ["strategy", "overflow"]}
-IDLE = {"num_samples": 1, "strategy": "cached", "overflow": "refuse"}
+         "speculate": ["strategy", "overflow"],
+         "beams": ["strategy", "num_samples", "temperature", "chat", "prompts", "speculate", "overflow"]}
 # keys of generation_config.json that change what is generated and that nothing here can honour, unless they are idle
 UNSUPPORTED = {"encoder_repetition_penalty": 1.0, "encoder_no_repeat_ngram_size": 0, "bad_words_ids": None,
                "typical_p": 1.0, "forced_decoder_ids": None, "num_beam_groups": 1,
@@ -89,8 +90,8 @@ def add_arguments(parser):
     add("--dtype", choices=sorted(DTYPES), help="of the weights; default: as in the file")
     add("--seed", type=WHOLE, help="of what is drawn; default: different every time")
     # not every program has them
-    parser.set_defaults(random=None, prompt_tokens=None, num_samples=1, rows=1, stats=False, no_stream=False, stop=[],
-                        chat=False, prompts=None, batch_size=None, speculate=None)
+    parser.set_defaults(random=None, prompt_tokens=None, rows=1, stats=False, no_stream=False, stop=[], chat=False,
+                        prompts=None, batch_size=None, speculate=None, temperature=None, **IDLE)
 
 
 def add_random(parser):
@@ -108,10 +109,10 @@ def parse(doc, args=None):
     add_arguments(parser)
     add = parser.add_argument
     add("--num-samples", type=WHOLE, metavar="N", help="texts from one prompt, which is read once for all; default: 1")
-    add("--overflow", default="refuse", choices=["refuse", "slide"], help="what becomes of a text longer than "
+    add("--overflow", choices=["refuse", "slide"], help="what becomes of a text longer than "
         "block_size. refuse, the default; slide: whenever it is full its first block_size / 2 tokens are forgotten, "
         "and the rest, computed again, stands at the positions from 0 on: a prefill for every block_size / 2 tokens")
-    add("--strategy", default="cached", help=f"{STRATEGY}; default: cached")
+    add("--strategy", help=f"{STRATEGY}; default: cached")
     add("--speculate", metavar="DRAFT", help="guess tokens, verify several in one pass, write the same: lookup guesses "
         "what followed before, DIR_OR_NAME is a small model that guesses; how many a pass found is said on stderr")
     add("--temperature", type=REAL, help="0 = greedy")
@@ -149,12 +150,12 @@ def check(args):
         raise UserError(f"{args.stdin!r:.60} is no argument: - stands for standard input, a text goes behind --prompt")
     flags = {"model": "--model", "random": "--random", "prompt": "--prompt", "prompt_file": "--prompt-file",
              "stdin": "-", "prompts": "--prompts", "prompt_tokens": "--prompt-tokens"}
-    given = [flag for name, flag in flags.items() if getattr(args, name) is not None]
+    sources = [flag for name, flag in flags.items() if getattr(args, name) is not None]
     if args.chat:
-        check_chat(args, given)
-    elif given not in SOURCES:
-        raise UserError(f"{' and '.join(given) or 'nothing'} given: give --model DIR_OR_NAME and one prompt, which is "
-                        f"--prompt TEXT, --prompt-file PATH or - (standard input); or, to bench.py, --random CONFIG "
+        check_chat(args, sources)
+    elif sources not in SOURCES:
+        raise UserError(f"{' and '.join(sources) or 'nothing'} given: give --model DIR_OR_NAME and one prompt, which "
+                        f"is --prompt TEXT, --prompt-file PATH or - (standard input); or, to bench.py, --random CONFIG "
                         f"and --prompt-tokens N")
     if args.prompt_tokens is not None and args.prompt_tokens < 1:
         raise UserError(f"--prompt-tokens {args.prompt_tokens} must be at least 1")
@@ -163,20 +164,25 @@ def check(args):
             raise UserError(f"--num-samples {samples} must be from 1 to {MAX_SAMPLES}")
     if args.batch_size is not None and (args.prompts is None or not 1 <= args.batch_size <= MAX_SAMPLES):
         raise UserError(f"--batch-size {args.batch_size} must be from 1 to {MAX_SAMPLES}, with --prompts FILE")
-    for technique, others in APART.items():
-        for other in others if getattr(args, technique) else []:
-            if getattr(args, other) not in (IDLE.get(other), None, False):
-                value = "" if getattr(args, other) is True else f" {getattr(args, other)}"
-                raise UserError(f"--{other.replace('_', '-')}{value} and --{technique} do not go together: leave one "
-                                f"of them out")
+    for technique in ("prompts", "chat", "speculate"):
+        if getattr(args, technique) and (other := clash(args, technique)):
+            raise UserError(f"{other} and --{technique} do not go together: leave one of them out")
     if args.beams is not None and not 1 <= args.beams <= MAX_SAMPLES:
         raise UserError(f"--beams {args.beams} must be from 1 (greedy) to {MAX_SAMPLES}")
 
 
-def check_chat(args, given):
-    if given not in CHATS or args.prompt_file == "-":
-        raise UserError(f"--chat with {' and '.join(given) or 'nothing'}: give --model DIR_OR_NAME, and what it begins "
-                        f"with, if anything, as --prompt TEXT or --prompt-file PATH; standard input is what is said")
+def clash(args, technique):
+    """The first argument that does not go with this technique, as it was typed; None if none was given."""
+    for name, value in given(args, *APART[technique]).items():
+        if value != 0:  # nor False
+            return f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
+
+
+def check_chat(args, sources):
+    if sources not in CHATS or args.prompt_file == "-":
+        raise UserError(f"--chat with {' and '.join(sources) or 'nothing'}: give --model DIR_OR_NAME, and what it "
+                        f"begins with, if anything, as --prompt TEXT or --prompt-file PATH; standard input is what is "
+                        f"said")
 
 
 def read(args):
@@ -194,13 +200,13 @@ def read(args):
             if first != least:
                 raise UserError(f"min_new_tokens in generation_config.json asks for min_length={least} here and for "
                                 f"{first} in the first line: delete it there, or give prompts of one length")
-    options = {key: value for key, value in lines[name].options.items() if key not in ("strategy", "decoder_prompts")}
+    options = {key: value for key, value in lines[name].options.items() if key != "decoder_prompts"}
     return replace(lines[name], technique="prompts", lines=lines, options=options)
 
 
 def given(args, *names):
-    """Of the arguments with these names, those that were given: what is left out has its own default."""
-    return {name: value for name in names if (value := getattr(args, name, None)) is not None}
+    """Of the arguments with these names, those that ask for something: what is left out has its own default."""
+    return {name: value for name in names if (value := getattr(args, name, None)) not in (None, IDLE.get(name))}
 
 
 def chosen(args):
@@ -220,8 +226,7 @@ def ask(args, model, tokenizer, published):
     options |= given(args, "strategy", "num_samples", "overflow", "batch_size")
     if stops := read_stops(args, tokenizer, published):
         options["stop"] = Stops(tokenizer, stops)
-    if beams := beam_options(args, published, rules["n_vocab"], stops):
-        options = {key: value for key, value in options.items() if key not in ("strategy", "num_samples", "overflow")}
+    beams = beam_options(args, published, rules["n_vocab"], stops)
     if args.speculate is not None:
         options["speculate"] = load_draft(args, tokenizer)
     if begun:
@@ -353,27 +358,23 @@ def beam_options(args, published, n_vocab, stops):
     """
     beams = integer(published, "num_beams", 1, MAX_SAMPLES + 1) if args.beams is None else args.beams
     asked = f"--beams {beams}" if args.beams else f"num_beams={beams} in generation_config.json"
-    given = {key: getattr(args, key, None) for key in ("length_penalty", "early_stopping")}
-    for key, value in given.items():
-        if value is not None and beams < 2:
+    typed = given(args, "length_penalty", "early_stopping")
+    for key, value in typed.items():
+        if beams < 2:
             raise UserError(f"--{key.replace('_', '-')} {value} has no effect without beams: set --beams")
     if beams < 2:
         return {}
     if not hasattr(args, "length_penalty"):
         raise UserError(f"{asked}: a text is measured without beams here, pass --beams 1")
-    others = {"--strategy": args.strategy != "cached" and args.strategy, "--temperature": args.temperature,
-              "--num-samples": args.num_samples > 1 and args.num_samples, "a stop": stops, "--chat": args.chat,
-              "--prompts": args.prompts, "--speculate": args.speculate,
-              "--overflow": args.overflow == "slide" and args.overflow}
-    for flag, value in others.items():
-        if value:
-            raise UserError(f"{flag} {value} does not go with {asked}: beams find one text, with a cache, and draw "
-                            f"nothing; leave it out, or pass --beams 1")
+    if other := clash(args, "beams") or stops and f"a stop {stops}":
+        raise UserError(f"{other} does not go with {asked}: beams find one text, with a cache, and draw nothing; leave "
+                        f"it out, or pass --beams 1")
     if beams > n_vocab:
         raise UserError(f"{asked} are more than the {n_vocab} tokens of the vocabulary: ask for fewer")
-    given["early_stopping"] = {"true": True, "false": False}.get(given["early_stopping"], given["early_stopping"])
-    rest = {key: published.get(key) if value is None else value for key, value in given.items()}
-    return {"beams": beams} | {key: value for key, value in rest.items() if value is not None}
+    if typed.get("early_stopping") in ("true", "false"):
+        typed["early_stopping"] = typed["early_stopping"] == "true"
+    theirs = {key: published[key] for key in ("length_penalty", "early_stopping") if published.get(key) is not None}
+    return {"beams": beams} | theirs | typed
 
 
 def integer(published, key, otherwise, below=2**31):

@@ -39,9 +39,8 @@ def beams_here(request, rows, n):
 
 
 def beams_of_transformers(request, rows, n):
-    return [theirs(request.model).generate(torch.tensor([row]), max_new_tokens=n, do_sample=False,
-                                     num_beams=request.options["beams"], eos_token_id=None)[0, -n:].tolist()
-            for row in rows]
+    options = dict(max_new_tokens=n, do_sample=False, num_beams=request.options["beams"], eos_token_id=None)
+    return [theirs(request.model).generate(torch.tensor([row]), **options)[0, -n:].tolist() for row in rows]
 
 
 @lru_cache
@@ -72,9 +71,7 @@ def add_arguments(parser, name):
     parser.add_argument("--pairs", type=WHOLE, default=5, metavar="N", help="measurements of each way; default: 5")
     if name == "speculate":
         parser.add_argument("--speculate", metavar="DRAFT", default="lookup", help="lookup, or a small model")
-    # what the command line of generate.py says of them
-    parser.set_defaults(strategy="cached", overflow="refuse", temperature=None, length_penalty=None,
-                        early_stopping=None)
+    parser.set_defaults(length_penalty=None, early_stopping=None)  # as on the command line of generate.py
 
 
 def ragged(ids):
@@ -96,11 +93,11 @@ def measure_way(values, way):
     return dict(seconds=seconds, ids=written, passes=sum(1 for _ in steps))
 
 
-def measure(args, fresh):
-    """All that was measured, as a dict. fresh: runs a function in a process of its own."""
+def check(args):
+    """Raise UserError on what cannot be measured. The model that is read for it is not kept beside the measurements."""
     if args.pairs < 1:
         raise UserError(f"--pairs {args.pairs} must be at least 1")
-    request, ways = cli.read(args), WAYS[args.section]
+    request = cli.read(args)
     if args.section == "beams" and request.technique != "beams":
         raise UserError("beams needs a number of beams above 1: give --beams N")
     if args.section == "beams" and args.random is None:
@@ -114,9 +111,14 @@ def measure(args, fresh):
         raise UserError(f"--num-samples {args.rows}: {args.section} knows its texts; leave it out")
     if args.section == "batch" and len(request.ids) < ROWS:
         raise UserError(f"a prompt of {len(request.ids)} tokens: give at least {ROWS}, for prompts of as many lengths")
-    found = {way: [] for way in ways}
+
+
+def measure(args, fresh):
+    """All that was measured, as a dict. fresh: runs a function in a process of its own."""
+    check(args)
+    found = {way: [] for way in WAYS[args.section]}
     for _ in range(args.pairs):
-        for way in ways:
+        for way in found:
             found[way].append(fresh(measure_way, vars(args), way))
     return dict(section=args.section, model=args.random or args.model, ways=found)
 

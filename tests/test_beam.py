@@ -20,6 +20,7 @@ from cost import count
 from further.beam import beam_search
 from generate import generate
 from model import BART, GPT, BARTConfig, GPTConfig
+from plumbing import checks
 from plumbing.errors import NonFiniteError, UserError
 from plumbing.weights import save_pretrained
 from test_model import rough
@@ -310,7 +311,7 @@ def test_caches_that_do_not_fit_the_memory_are_refused_before_anything_is_comput
     model, rng = lively(3)
     bytes_needed = 2 * 2 * (3 * 2) * 10 * model.config.of("decoder").kv_width * 8
     for free in (bytes_needed - 1, bytes_needed):
-        monkeypatch.setattr(beam, "free_memory", lambda device: free)
+        monkeypatch.setattr(checks, "free_memory", lambda device: free)
         with count(model) as cost:
             if free < bytes_needed:
                 with pytest.raises(UserError, match="6 beams of 10 positions need .* GiB"):

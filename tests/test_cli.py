@@ -692,11 +692,10 @@ def test_exit_codes_have_one_home(capsys):
 
 FLAGS = {"num_samples": ["--num-samples", 2], "strategy": ["--strategy", "naive"], "overflow": ["--overflow", "slide"],
          "speculate": ["--speculate", "lookup"], "chat": ["--chat"], "stats": ["--stats"], "json": ["--json"],
-         "decoder_prompt": ["--decoder-prompt", "a"], "prompts": ["--prompts", "p.txt"]}
+         "decoder_prompt": ["--decoder-prompt", "a"], "temperature": ["--temperature", 0.5], "prompts": ["--prompts", "p.txt"]}
 
 
-@pytest.mark.parametrize("technique, other", [(a, b) for a, others in APART.items() for b in others]
-                         + [("beams", b) for b in ("strategy", "overflow", "speculate", "chat", "prompts")])
+@pytest.mark.parametrize("technique, other", [(a, b) for a, others in APART.items() for b in others])
 def test_what_does_not_go_together_is_refused_by_both_names(technique, other, tiny_gpt, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "p.txt").write_text("the cat\n")

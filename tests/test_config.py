@@ -217,9 +217,9 @@ LESSON = sorted(ROOT.glob("*.py"))
 FURTHER = sorted(ROOT.glob("further/*.py"))
 PLUMBING = sorted(ROOT.glob("plumbing/*.py"))
 SOURCE = LESSON + FURTHER + PLUMBING
-KNOWS = {"cli": {"sampling"}, "models": {"model"}, "weights": {"model"}, "patterns": {"attention", "sparse"},
-         "attention_bench": {"attention", "cache", "model", "sparse"}, "cli": {"sampling"},  # who builds, of plumbing/
-         "pairs": {"further", "generate"}}
+KNOWS = {"models": {"model"}, "weights": {"model"}, "patterns": {"attention", "sparse"},
+         "attention_bench": {"attention", "cache", "model", "sparse"}, "checks": {"cost"},  # who builds, of plumbing/
+         "cli": {"sampling"}, "pairs": {"further", "generate"}}
 
 
 def nodes(path, *kinds):

@@ -17,6 +17,7 @@ from cost import count, predict
 from further.serve import continuous, serve
 from generate import generate, loop
 from model import BART, GPT, BARTConfig, GPTConfig
+from plumbing import checks
 from plumbing.errors import UserError
 from plumbing.weights import save_pretrained
 from sampling import Choice, Chooser
@@ -171,9 +172,9 @@ def test_caches_that_do_not_fit_the_memory_are_refused_before_anything_is_comput
     with count(model) as cost:
         list(serve(model, prompts, 4, ignore_eos=True))
     need = cost.cache_bytes("self") + cost.cache_bytes("cross")
-    monkeypatch.setattr(further.serve, "free_memory", lambda device: need)
+    monkeypatch.setattr(checks, "free_memory", lambda device: need)
     serve(model, prompts, 4)
-    monkeypatch.setattr(further.serve, "free_memory", lambda device: need - 1)
+    monkeypatch.setattr(checks, "free_memory", lambda device: need - 1)
     model.decoder_layers()[0].register_forward_pre_hook(Explode(at=1))
     with pytest.raises(UserError, match="batch_size=8: .* GiB are free on cpu: choose a smaller one"):
         serve(model, prompts, 4)
