@@ -4,7 +4,7 @@ PYTHON ?= python3
 RUN := .venv/bin/python
 PROMPT := Python
 
-.PHONY: demo test mutants sizes
+.PHONY: demo test course lessons mutants sizes
 
 # Train a tiny GPT on Python's own documentation, then let it write with and without the cache.
 # Run again, it finds the trained model and goes on to the writing.
@@ -14,6 +14,14 @@ demo: .venv/ready
 
 test: .venv/ready
 	$(RUN) -m pytest -q
+
+# The lessons, in a browser, ready to run.
+course: .venv/course
+	.venv/bin/jupyter lab notebooks
+
+# All lessons from top to bottom, headless, their exercises not filled in.
+lessons: .venv/ready
+	$(RUN) notebooks/course/build.py
 
 # Break the code on purpose, one bug at a time, and see that the tests notice.
 mutants: .venv/ready
@@ -27,4 +35,8 @@ sizes: .venv/ready
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+.venv/course: .venv/ready
+	$(RUN) -m pip install --quiet --disable-pip-version-check jupyterlab
 	@touch $@
