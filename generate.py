@@ -273,9 +273,9 @@ def generate(model, prompts, max_new_tokens, **options):
     same tokens; one of your own will do as well, see find_strategy(). ignore_eos: an end of sequence ends no row. stop:
     sequences of ids, one of which ends a row when it stands at the end of its new ids; or a function of these that says
     whether they are complete, as plumbing.tokenizers.Stops is for texts. num_samples: rows from each prompt, which the
-    cached strategy lets enter once for all of them. speculate: "lookup", or a small model that guesses: several tokens
-    from one pass, and the same texts, see further/speculate.py. The other options are fields of Choice: temperature=0.0
-    (greedy), top_k, seed and so on.
+    cached strategy lets enter once for all of them. speculate: "lookup", plumbing.examples.Examples, or a small
+    model that guesses: several tokens from one pass, and the same texts, see further/speculate.py. The other options
+    are fields of Choice: temperature=0.0 (greedy), top_k, seed and so on.
 
     The model may be in train mode and in use elsewhere, in other threads too: nothing of a decoding is kept on it, and
     there is no dropout where no gradients are recorded. Raises UserError (a ValueError) if the request is not possible,

@@ -1,14 +1,16 @@
 """
 Several tokens from one pass of the model, and still exactly the text of one token per pass.
 
-    python generate.py --model out/bart-headline --prompt-file article.txt --speculate lookup
+    python generate.py --model out/gpt-tiny --prompt "x = [1, 2, 3, 4]; x = [1, 2" --speculate lookup
+    python generate.py --model out/bart-headline --prompt-file article.txt --speculate headlines.txt
     python generate.py --model gpt2-xl --prompt "The if statement" --speculate gpt2
     python bench.py compare --model out/gpt-tiny --prompt "x = 1; x = 1; x" --strategies cached,further.speculate:lookup
 
 A decode step takes the time of reading the weights, for several tokens of a row hardly longer than for one. So somebody
 cheap, a *draft*, guesses how each row goes on, and the model looks at all guesses in one chunk: what it says behind
 each judges the next, and what follows a wrong one is rewound. Rows accept different numbers. The draft is what followed
-the newest ids when they last occurred, in the row or its source, or a small model with a cache of its own.
+the newest ids when they last occurred, in the row or its source; or what follows them in other texts, as in REST (He et
+al. 2023), preferably something that the source says; or a small model with a cache of its own.
 
 With sampling, texts keep their distribution (Leviathan et al. 2023, algorithm 1). Let p be the model's, and q what the
 guess x was drawn from. The next id is x with probability a = min(1, p(x) / q(x)), and else is drawn from max(p - q, 0).
@@ -23,6 +25,7 @@ import torch
 from generate import advance, asking, encode, project
 from plumbing.checks import check_room
 from plumbing.errors import NonFiniteError, UserError
+from plumbing.examples import Examples
 
 GUESSES = 4  # of each row, in every pass
 NGRAM = 3    # so many of the newest ids are looked up, then fewer
@@ -57,12 +60,12 @@ class Decoding:
 
 def look_up(text, k):
     """The k ids that followed the newest ones of a text when these last occurred in it, going round and round."""
-    n, text = len(text), list(text)
-    start = next(i + size for size in range(NGRAM, -1, -1) for i in range(n - size - 1, -1, -1)
-                 if text[i : i + size] == text[n - size : n])  # none of them: they occur everywhere
+    n, text = len(text), "".join(map(chr, text))  # a letter for each id: nothing is found as fast as in a string
+    start = next(at + size for size in range(NGRAM, -1, -1)
+                 if (at := text.rfind(text[n - size :], 0, n - 1)) >= 0)  # none of them: they occur everywhere
     for i in range(start, start + k):
-        text.append(text[i])
-    return text[n:]
+        text += text[i]
+    return list(map(ord, text[n:]))
 
 
 def lookup_draft(sources, B, room, choose):
@@ -71,6 +74,18 @@ def lookup_draft(sources, B, room, choose):
     def draft(rows, which, k):
         before = [sources[s] if sources else [] for s in asked(which)]
         return [[*row, *look_up([*source, *row], k)] for source, row in zip(before, rows)], [None] * k
+
+    return draft
+
+
+def examples_draft(examples, sources, B, room, choose):
+    asked = asking(B)
+
+    def draft(rows, which, k):
+        known = [set(sources[s]) if sources else () for s in asked(which)]
+        for _ in range(k):
+            rows = [[*row, examples.next(row, ids)] for row, ids in zip(rows, known)]
+        return rows, [None] * k
 
     return draft
 
@@ -162,8 +177,13 @@ def find(model, speculate, strategy="cached", overflow="refuse"):
         raise UserError(f"strategy={strategy!r:.60} does not go with speculate, which needs a cache: leave it out")
     if speculate == "lookup":
         return lookup
+    if isinstance(speculate, Examples):
+        if speculate.vocab_size > model.config.vocab_size:
+            raise UserError(f"speculate: the examples have the id {speculate.vocab_size - 1}, and vocab_size="
+                            f"{model.config.vocab_size}: encode them with the model's tokenizer")
+        return partial(speculative, make_draft=partial(examples_draft, speculate))
     if not isinstance(speculate, torch.nn.Module):
-        raise UserError(f"speculate={speculate!r:.60} is neither 'lookup' nor a model: leave it out for no guesses")
+        raise UserError(f"speculate={speculate!r:.60} is not 'lookup', Examples or a model: leave it out for no guesses")
     for what in "is_encoder_decoder", "vocab_size":
         theirs, ours = (getattr(each.config, what) for each in (speculate, model))
         if theirs != ours:

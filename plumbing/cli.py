@@ -1,6 +1,7 @@
 """The command line of generate.py, and what bench.py shares with it: arguments, a prompt, what publishers ask for."""
 
 import argparse
+import os
 import random
 import sys
 from dataclasses import dataclass, field, replace
@@ -8,6 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from plumbing.errors import REAL, WHOLE, Parser, UserError, naming
+from plumbing.examples import Examples
 from plumbing.files import decode, read_text
 from plumbing.models import random_model
 from plumbing.prompts import read_prompts
@@ -114,7 +116,8 @@ def parse(doc, args=None):
         "and the rest, computed again, stands at the positions from 0 on: a prefill for every block_size / 2 tokens")
     add("--strategy", help=f"{STRATEGY}; default: cached")
     add("--speculate", metavar="DRAFT", help="guess tokens, verify several in one pass, write the same: lookup guesses "
-        "what followed before, DIR_OR_NAME is a small model that guesses; how many a pass found is said on stderr")
+        "what followed before, FILE holds texts alike (for BART a line each), DIR_OR_NAME is a small model that "
+        "guesses; how many a pass found is said on stderr")
     add("--temperature", type=REAL, help="0 = greedy")
     add("--top-k", type=WHOLE, metavar="K", help="draw among the K most likely tokens")
     add("--top-p", type=REAL, metavar="P", help="draw among the most likely tokens that have probability P together")
@@ -228,7 +231,7 @@ def ask(args, model, tokenizer, published):
         options["stop"] = Stops(tokenizer, stops)
     beams = beam_options(args, published, rules["n_vocab"], stops)
     if args.speculate is not None:
-        options["speculate"] = load_draft(args, tokenizer)
+        options["speculate"] = load_draft(args, model, tokenizer)
     if begun:
         options["decoder_prompts"] = [begun] * args.rows
     shown = args.decoder_prompt or "" if model.config.is_encoder_decoder else prompt
@@ -250,10 +253,14 @@ def load(args):
     return model, tokenizer, load_generation_config(directory)
 
 
-def load_draft(args, tokenizer):
-    """What --speculate names: "lookup", or a model with the same tokenizer."""
+def load_draft(args, model, tokenizer):
+    """What --speculate names: "lookup", the ids of a file's texts, or a model with the same tokenizer."""
     if args.speculate == "lookup":
         return args.speculate
+    if tokenizer and os.path.isfile(args.speculate):
+        text = read_text(args.speculate)
+        return Examples([tokenizer.encode(each) for each in
+                         (text.splitlines() if model.config.is_encoder_decoder else [text])])
     directory = locate(args.speculate)
     theirs = load_tokenizer(directory)
     if None in (theirs, tokenizer) or (theirs.tokens, theirs.specials) != (tokenizer.tokens, tokenizer.specials):

@@ -17,10 +17,11 @@ from compare import compare, first_difference, measure
 from conftest import GPT_TOML, call, train_run
 from cost import count
 from further import speculate
-from further.speculate import GUESSES, given, look_up, lookup, lookup_draft, speculative
+from further.speculate import GUESSES, examples_draft, given, look_up, lookup, lookup_draft, speculative
 from generate import cached, generate, loop, stream
 from model import BART, GPT, BARTConfig, GPTConfig
 from plumbing.errors import NonFiniteError, UserError
+from plumbing.examples import Examples
 from plumbing.report import comparison_table
 from plumbing.weights import save_pretrained
 from sampling import Choice, Chooser
@@ -94,7 +95,9 @@ def test_the_text_is_that_of_plain_greedy_decoding(kind):
         rng, model, prompts, M, options, sizes = random_case(seed, kind)
         plain = outcome(model, prompts, M, [], **options)
         drafts = {"lookup": dict(speculate="lookup"), "itself": dict(speculate=copy.deepcopy(model)),
-                  "small": dict(speculate=random_model(rng, kind, **sizes))}
+                  "small": dict(speculate=random_model(rng, kind, **sizes)),
+                  "examples": dict(speculate=Examples(
+                      [[rng.randrange(sizes["vocab_size"] - 1) for _ in range(n)] for n in (0, 9, 60)]))}
         if isinstance(plain, tuple):
             begun = [[2, *row] for row in options.get("decoder_prompts", [[]] * len(prompts))] if kind == "bart" else prompts
             texts = [row + new for row, new in zip(begun, plain[0])]
@@ -184,6 +187,14 @@ def test_what_followed_the_longest_match_is_guessed_the_newest_one_first_and_the
     draft = lookup_draft([[7, 1, 2, 3, 4], [1, 5, 6]], 2, 99, None)
     assert draft([[2, 1, 2], [2, 8]], [0, 1], 2) == ([[2, 1, 2, 3, 4], [2, 8, 8, 8]], [None] * 2)
     assert draft([[2, 5]], [1], 1) == ([[2, 5, 6]], [None])  # row 0 has left
+
+
+def test_of_what_followed_in_the_examples_what_the_source_says_is_guessed_then_the_most_frequent():
+    draft = examples_draft(Examples([[1, 2, 8], [], [1, 2, 8, 1, 2], [9, 3, 2, 7, 3]]), [[7, 9], [8, 4, 7]], 2, 99, None)
+    assert draft([[1, 2], [1, 2]], [0, 1], 1) == ([[1, 2, 9], [1, 2, 8]], [None])  # 8 followed twice, 9 behind a text's end
+    assert draft([[3, 2], [2]], [0, 1], 2) == ([[3, 2, 7, 3], [2, 8, 1]], [None] * 2)  # two ids decide, where there are two
+    assert draft([[5]], [1], 2) == ([[5, 5, 5]], [None] * 2)  # never seen
+    assert examples_draft(Examples([[1, 2, 1, 3, 1, 3, 4]]), None, 1, 9, None)([[2, 1]], [0], 1) == ([[2, 1, 3]], [None])
 
 
 # -----------------------------------------------------------------------------
@@ -350,6 +361,25 @@ def test_a_text_that_repeats_is_written_in_few_passes(parrot):
     assert float(done.err.split()[-2]) >= 1.5, done.err
 
 
+def test_examples_are_a_file_of_texts_which_for_bart_are_lines(parrot, tiny_bart, tmp_path):
+    """What is said elsewhere need not be found one by one."""
+    args, passes = ("--model", parrot, "--prompt", "the dog", "--max-new-tokens", 20, "--device", "cpu"), {}
+    for draft in "lookup", parrot.parent / "lines.txt":
+        done = call(program.main, *args, "--speculate", draft)
+        assert done.code == 0 and done.out == call(program.main, *args).out
+        passes[draft] = int(done.err.split()[4])
+    assert passes[parrot.parent / "lines.txt"] < passes["lookup"]
+
+    args = "--model", tiny_bart.path, "--prompt", "abc", "--max-new-tokens", 11, "--device", "cpu", "--ignore-eos"
+    written = tiny_bart.tokenizer.decode(generate(tiny_bart.model, [tiny_bart.tokenizer.encode("abc")], 11, ignore_eos=True)[0])
+    (tmp_path / "lines.txt").write_text(f"abab\n{written}\n")
+    done = call(program.main, *args, "--speculate", tmp_path / "lines.txt")
+    assert done.code == 0 and done.out == call(program.main, *args).out and int(done.err.split()[4]) < 11, done
+    (tmp_path / "lines.txt").write_bytes(b"\xff")
+    done = call(program.main, *args, "--speculate", tmp_path / "lines.txt")
+    assert done.code == 2 and "lines.txt is not UTF-8" in done.err and done.err.count("\n") == 1
+
+
 @pytest.mark.parametrize("flags, words", [
     (["--speculate", "lookup", "--strategy", "naive"], "--strategy naive and --speculate do not go"),
     (["--speculate", "{other}"], "does not have the tokenizer of --model"),
@@ -366,7 +396,8 @@ def test_what_cannot_be_a_draft_is_refused_by_name(flags, words, tiny_gpt, parro
 
 
 @pytest.mark.parametrize("given, words", [
-    (3, "speculate=3 is neither"), ("lookups", "speculate='lookups' is neither"),
+    (3, "speculate=3 is not 'lookup', Examples or a model"), ("lookups", "speculate='lookups' is not 'lookup'"),
+    (Examples([[3], [11]]), "the examples have the id 11, and vocab_size=11"),
     (tiny("bart"), "is_encoder_decoder=True of the draft is False"),
     (tiny("gpt", vocab_size=12), "vocab_size=12 of the draft is 11"),
     (tiny("gpt", block_size=9), "block_size=9 of the draft is less than the 10 tokens")], ids=str)
