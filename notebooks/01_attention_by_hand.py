@@ -1,8 +1,9 @@
 # %% [markdown]
 # # 1. Attention by hand
 #
-# Three tokens, *The cat is*, go through one attention layer. The numbers are small integers, so that pencil and paper
-# suffice: you compute a query, the scores, the weights and an output yourself, and then `attention.py` computes the same.
+# Three tokens, *The cat is*, go through one attention layer. The numbers are small integers, so that pencil and
+# paper suffice: you compute a query, the scores, the weights and an output yourself, and then `attention.py`
+# computes the same.
 #
 # You will be able to
 # - write `softmax(Q K^T / sqrt(d)) V` in four lines, and say what each shape means;
@@ -10,10 +11,10 @@
 # - state a mask as a question about two positions, true or false;
 # - count what attention computes for N tokens, and say when that matters.
 #
-# You need: matrix products, and a little PyTorch. Keep `attention.py` open beside this page. The questions are those of a
-# [tutorial on transformers](https://www.inf.ed.ac.uk/teaching/courses/fnlp/) (FNLP, tutorial 4); we call it *the
-# document*, and check each of its statements. **Predict first**: put your answer in place of `...` and run the cell.
-# Without an answer the page goes on with ours.
+# You need: matrix products, and a little PyTorch. Keep `attention.py` open beside this page. The questions are
+# those of a tutorial on transformers (FNLP, tutorial 4); we call it *the document*, and check each of its
+# statements. **Predict first**: put your answer in place of `...` and run the cell. Without an answer the page goes
+# on with ours.
 
 # %%
 import sys; sys.path += ["..", "notebooks"]  # the modules lie one folder above this page
@@ -37,8 +38,8 @@ torch.set_printoptions(precision=3, sci_mode=False)
 # ## From embeddings to queries, keys and values
 #
 # Each row of X is a token, its position already added: three features say article, noun and verb, the fourth is the
-# position. Every token gets a *query* (what it looks for), a *key* (how it is found) and a *value* (what it passes on):
-# `Q = X W_Q`, `K = X W_K`, `V = X W_V`.
+# position. Every token gets a *query* (what it looks for), a *key* (how it is found) and a *value* (what it passes
+# on): `Q = X W_Q`, `K = X W_K`, `V = X W_V`.
 #
 #             X                W_Q                 W_K               W_V
 #     the   1  0  0  0       1  2  0  0         2  0  0  0        1  0  2  1
@@ -69,8 +70,8 @@ for name, matrix in ("Q", Q), ("K", K), ("V", V):
 #
 # **Exercise `scores`.** Write the function, for q of shape (T, d) and k of shape (S, d).
 #
-# **Exercise `weights`.** Then the softmax along each row, without calling PyTorch's: `e^score`, divided by the sum of its
-# row. One of the cases has a score of 1000.
+# **Exercise `weights`.** Then the softmax along each row, without calling PyTorch's: `e^score`, divided by the sum
+# of its row. One of the cases has a score of 1000.
 
 # %%
 def scores(q, k):
@@ -85,8 +86,8 @@ check("scores", scores)
 check("weights", weights)
 
 # %% [markdown]
-# **Exercise `peak`.** The products `q k^T` of *is* with the three keys are 0, 4 and 2: check it on the matrices above.
-# How much weight does *is* give to *cat*? Three decimals. (e = 2.718, e² = 7.389; here d = 4.)
+# **Exercise `peak`.** The products `q k^T` of *is* with the three keys are 0, 4 and 2: check it on the matrices
+# above. How much weight does *is* give to *cat*? Three decimals. (e = 2.718, e² = 7.389; here d = 4.)
 #
 # **Exercise `output`.** Its output is the average of the rows of V with these weights. Two decimals, four numbers.
 
@@ -107,21 +108,23 @@ claim(16, "the output is an average over the value vectors, weighted by the atte
       bool((A >= 0).all()) and torch.allclose(A.sum(1), torch.ones(3)) and torch.allclose((A @ V)[:, 3], torch.ones(3)))
 
 # %% [markdown]
-# Look at the rows of weights: they hold the same three numbers in another order, because the scores are 0, 1 and 2 in
-# another order. Only differences count: adding 5 to all scores of a row multiplies above and below the line by e⁵.
-# That is also how a score of 1000 is survived: subtract the row's maximum first, as PyTorch does. (The document numbers
-# the weights "α_i, …, α_n"; they begin at α₁.)
+# Look at the rows of weights: they hold the same three numbers in another order, because the scores are 0, 1 and 2
+# in another order. Only differences count: adding 5 to all scores of a row multiplies above and below the line by
+# e⁵. That is also how a score of 1000 is survived: subtract the row's maximum first, as PyTorch does. (The document
+# numbers the weights "α_i, …, α_n"; they begin at α₁.)
 #
 # ## No looking ahead
 #
-# *the* gives two thirds of its attention to *cat*, which has not been written yet when *the* is read. A decoder must not
-# do that, since it learns to predict just these tokens. So in every row the scores of later keys become −inf *before*
-# the softmax.
+# *the* gives two thirds of its attention to *cat*, which has not been written yet when *the* is read. A decoder
+# must not do that, since it learns to predict just these tokens. So in every row the scores of later keys become
+# −inf *before* the softmax.
 #
-# **Exercise `masked`.** The scores of *cat*, divided by the root, are 2, 1 and 0. What are its three weights with the mask?
+# **Exercise `masked`.** The scores of *cat*, divided by the root, are 2, 1 and 0. What are its three weights with
+# the mask?
 #
-# **Exercise `may`.** In this project a mask is a question about two positions: may the query at q see the key at k? Write
-# it so that it also holds for a query that stands alone at position 4 while keys 0 to 4 are stored: the decode step.
+# **Exercise `may`.** In this project a mask is a question about two positions: may the query at q see the key at k?
+# Write it so that it also holds for a query that stands alone at position 4 while keys 0 to 4 are stored: the
+# decode step.
 
 # %%
 masked = ...
@@ -137,10 +140,11 @@ check("may", may)
 # %%
 may = accepted("may")
 pos = torch.arange(3)
-mask = dense(lambda b, h, q, k: may(q, k), pos, pos)  # (1, 1, T, S), as attention.py makes it
+mask = dense(lambda b, h, q, k: may(q, k), pos, pos).bool()  # (1, 1, T, S), as attention.py makes it
 assert mask.equal(dense(Causal.allows, pos, pos))
 causal = weights(scores(Q, K).masked_fill(~mask[0, 0], -math.inf))
-print("one token at position 4, keys 0 to 4:", dense(lambda b, h, q, k: may(q, k), torch.tensor([4]), torch.arange(5)).int().tolist())
+step = dense(lambda b, h, q, k: may(q, k), torch.tensor([4]), torch.arange(5))
+print("a decode step, position 4 among keys 0 to 4:", step.flatten().tolist())
 
 fig, axes = plt.subplots(1, 4, figsize=(9, 2.6), layout="constrained")
 panels = ("Q", Q, None), ("K", K, None), ("weights, all seen", A, tokens), ("weights, causal", causal, tokens)
@@ -160,18 +164,29 @@ plt.show()
 # %% [markdown]
 # ## The same in attention.py
 #
-# `attend_explicit` is what you have just written, for any number of rows and heads; `attend` gives the same through a
-# fused kernel. The layer `CausalSelfAttention` has the three matrices in one, `c_attn`, and a fourth behind the heads,
-# `c_proj`. We set them by hand: biases to zero, and `c_proj` to the identity (the document has none).
+# `attend_explicit` is what you have just written, for any number of rows and heads; `attend` gives the same through
+# a fused kernel. The layer `CausalSelfAttention` has the three matrices in one, `c_attn`, and a fourth behind the
+# heads, `c_proj`. We set them by hand: biases to zero, and `c_proj` to the identity (the document has none).
+#
+# **Exercise `picture`.** First a look at the two grey tables: the row of *is* is the same in both. Why?
+#
+# - a: its largest score is as large as in the other rows.
+# - b: it is the last token, so the mask hides nothing from it.
+# - c: the mask changes only weights below one half.
+# - d: it is an accident of these small numbers.
 #
 # **Exercise `packed`.** What is `c_attn.weight`, of shape (3 C, C), made of W_Q, W_K and W_V? An `nn.Linear` with
 # weight A computes `x A^T`; `qkv()` in `attention.py` shows the order.
 
 # %%
+picture = ...
+
+
 def packed(W_Q, W_K, W_V):
     return ...  # your line: (3 C, C)
 
 
+check("picture", picture)
 check("packed", packed)
 
 # %%
@@ -180,7 +195,7 @@ def layer(n_head):
     config.n_layer, config.n_head, config.n_embd, config.block_size = 1, n_head, 4, 3
     layer = CausalSelfAttention(config).eval()
     for linear, matrix in (layer.c_attn, accepted("packed")(W_Q, W_K, W_V)), (layer.c_proj, torch.eye(4)):
-        linear.weight.copy_(matrix)
+        linear.weight.copy_(torch.as_tensor(matrix))
         linear.bias.zero_()
     return layer
 
@@ -198,7 +213,13 @@ claim(19, "Attention = softmax(Q K^T / sqrt(d)) V, with Q = X W_Q, K = X W_K, V 
 # ## Which d?
 #
 # The document adds "where d is the embedding dimension". With one head that is so: both are 4. Now the same four
-# matrices in a layer of **two** heads: each head gets two of the four columns of Q, K and V. What is under the root now?
+# matrices in a layer of **two** heads: each head gets two of the four columns of Q, K and V.
+#
+# **Exercise `root`.** GPT-2's smallest model has C = 768 and 12 heads. By which number are its scores divided?
+
+# %%
+root = ...
+check("root", root)
 
 # %%
 y = layer(2)(X[None])[0]
@@ -208,23 +229,23 @@ for d in 2, 4:  # the length of one head's key, or the width of the embedding
             for h in (slice(0, 2), slice(2, 4))]
     gap[d] = (torch.cat(each, 1) - y).abs().max().item()
 claim(19, "d is the embedding dimension",
-      f"two heads: with d = 4, the embedding's width, the outputs are {gap[4]:.2f} off, with d = 2, the head's, {gap[2]:.0e}",
-      gap[4] < 1e-6)
+      f"two heads: with d = 4, the embedding's width, the outputs are {gap[4]:.2f} off, with d = 2, the head's, "
+      f"{gap[2]:.0e}", gap[4] < 1e-6)
 
 torch.manual_seed(0)
-for D in 4, 64, 768:  # numbers of mean 0 and spread 1, as after a layer norm
+for D in 4, 64, 768:  # numbers of mean 0 and spread 1, as a layer norm makes them
     dots = (torch.randn(10_000, D) * torch.randn(10_000, D)).sum(-1)
     print(f"D = {D:3}: q k^T spreads by {dots.std():5.1f}, the root of D is {math.sqrt(D):5.1f}")
 
 # %% [markdown]
-# So d is the *head size* D = C / H, and the sentence holds for a single head only. The measurement shows what the root is
-# for: a dot product of D terms grows like √D, whatever the heads are called. Scores that spread by 28 would leave nearly
-# all weight on one key and nearly no gradient; divided by √D they spread by 1, for any head size. GPT-2 divides by 8
-# (768 / 12 = 64), not by 27.7.
+# So d is the *head size* D = C / H, and the sentence holds for a single head only. The measurement shows what the
+# root is for: a dot product of D terms grows like √D, whatever the heads are called. Scores that spread by 28 would
+# leave nearly all weight on one key and nearly no gradient; divided by √D they spread by 1, for any head size.
+# In GPT-2 D is 768 / 12 = 64, and the divisor 8, not 27.7.
 #
-# **Exercise `speaks`.** We make the document's slip in the project: `attend_explicit` shall divide by `sqrt(H * D)`. Two
-# tests are run. *seed* sends a sequence through a layer of one head and compares with printed numbers; *loop* compares
-# `attend_explicit` for four heads with `attend`, and one query with a plain loop. Which fail?
+# **Exercise `speaks`.** We make the document's slip in the project: `attend_explicit` shall divide by
+# `sqrt(H D)`. Two tests are run. *seed* sends a sequence through a layer of one head and compares with printed numbers;
+# *loop* compares `attend_explicit` for four heads with `attend`, and one query with a plain loop. Which fail?
 
 # %%
 fails = ...  # a list of the words "seed" and "loop", of those that fail
@@ -241,12 +262,12 @@ assert [word for word, test in tests.items() if test in failed] == accepted("spe
 # %% [markdown]
 # ## What it costs
 #
-# **Exercise `entries`.** How many scores has a text of N = 1,024 tokens in one head: without a mask, and of those, how many
-# does the causal mask allow? A tuple of two numbers.
+# **Exercise `entries`.** How many scores has a text of N = 1,024 tokens in one head: without a mask, and of those,
+# how many does the causal mask allow? A tuple of two numbers.
 #
-# **Exercise `crossover`.** The document calls `Q K^T` the dominant term. Count multiplications: q, k, v and `c_proj` take
-# 4 C² for each of the N tokens; `Q K^T` and weights times V take N² C each. At which N do the latter equal the former, for
-# GPT-2's C = 768?
+# **Exercise `crossover`.** The document calls `Q K^T` the dominant term. Count multiplications: q, k, v and
+# `c_proj` take 4 C² for each of the N tokens; `Q K^T` and weights times V take N² C each. At which N do the latter
+# equal the former, for GPT-2's C = 768?
 
 # %%
 entries = ..., ...
@@ -263,7 +284,8 @@ def counted(N, C=8):
     with count(gpt) as cost:
         gpt(torch.zeros(1, N, dtype=torch.long))
     self = [record for record in cost.records if record["attention"] == "self"]
-    products = {kind: sum(math.prod(r["out"]) * r["left"][-1] for r in self if r["kind"] == kind) for kind in ("GEMM", "BGEMM")}
+    products = {kind: sum(math.prod(r["out"]) * r["left"][-1] for r in self if r["kind"] == kind)
+                for kind in ("GEMM", "BGEMM")}
     [table] = [r["out"] for r in self if r["name"] == "qk"]
     pos = torch.arange(N)
     return math.prod(table), dense(Causal.allows, pos, pos).sum().item(), products["GEMM"], products["BGEMM"]
@@ -276,17 +298,20 @@ assert counted(1024)[:2] == accepted("entries") and counted(2 * 8)[2] == counted
 slopes = [math.log2(b / a) for a, b in zip(counted(512), counted(1024))]
 claim(20, "O(N^2) for a sequence of length N", f"twice the length (512 to 1,024): scores x 2^{slopes[0]:.3f}, allowed "
       f"x 2^{slopes[1]:.3f}", all(abs(slope - 2) < 0.01 for slope in slopes[:2]))
-claim(20, "the dominant term is the multiplication Q K^T", f"at N = 8, C = 8 the projections multiply "
-      f"{counted(8)[2]:,} times, attention {counted(8)[3]:,} times; they meet at N = 2 C", counted(8)[3] > counted(8)[2])
+projections, attention = counted(1024, 768)[2:]
+claim(20, "the dominant term is the multiplication Q K^T", f"a layer of GPT-2's width at its 1,024 tokens: q, k, v and "
+      f"c_proj multiply {projections:,} times, Q K^T and weights times V {attention:,} times", attention > projections)
+
+# %% [markdown]
+# Both sentences are right in their way. O(N²) is about long texts, and for those it holds: twice the text, four
+# times the scores. Within GPT-2's 1,024 tokens, though, the projections are the larger part: what grows fastest
+# need not be what is largest. The causal mask allows N (N + 1) / 2 of the N² scores. A masked product computes all
+# of them; only a kernel that skips blocks saves the rest.
 
 # %%
 score()
 
 # %% [markdown]
-# Both are right in their way. O(N²) is about long texts, and for those it holds: twice the text, four times the scores.
-# Within GPT-2's 1,024 tokens, though, the projections are the larger part. The causal mask allows N (N + 1) / 2 of the N²
-# scores; a masked product computes all of them, and only a kernel that skips blocks saves the rest.
-#
 # ## Questions
 #
 # **1.** In the causal picture the row of *the* is 1, 0, 0. Would other matrices W_Q and W_K change it?
@@ -301,9 +326,9 @@ score()
 #
 # <details><summary>Answer</summary>
 #
-# Weights that are zeroed afterwards no longer sum to one, so the output is no average but a shrunken one. Before the
-# softmax, −inf becomes exactly 0 and the others share out 1. What is hidden then has no influence at all, also not through
-# the sum below the line.
+# Weights that are zeroed afterwards no longer sum to one, so the output is no average but a shrunken one. Before
+# the softmax, −inf becomes exactly 0 and the others share out 1. What is hidden then has no influence at all, also
+# not through the sum below the line.
 #
 # </details>
 #
@@ -311,27 +336,26 @@ score()
 #
 # <details><summary>Answer</summary>
 #
-# They are two models with the same possibilities: multiply W_Q by √d, and equation 4 computes what equation 2 did. What
-# differs is how large the scores are when training begins, which is what the root is for. Lesson 2 uses both.
+# They are two models with the same possibilities: multiply W_Q by √d, and equation 4 computes what equation 2 did.
+# What differs is how large the scores are when training begins, which is what the root is for. Lesson 2 uses both.
 #
 # </details>
 #
-# **4.** Swap *the* and *cat* in X, each keeping its position feature, and leave out the mask. What happens to the output of
-# *is*?
+# **4.** Swap the first two rows of X, whole rows with their position feature. What happens to the output of *is*?
 #
 # <details><summary>Answer</summary>
 #
-# Nothing: the same keys and values come in another order, and a sum has no order. Attention knows order only through the
-# position in the fourth feature, and through the mask.
+# Nothing, with the mask or without: *is* sees both, and a sum has no order. Attention knows order only through the
+# position in the fourth feature, and through the mask: with it, the outputs of *the* and *cat* do change.
 #
 # </details>
 #
-# **5.** A model has C = 1,024 and 16 heads, then 32 heads. Which of these change: the number under the root, the number of
-# scores, the size of `c_attn`?
+# **5.** A model has C = 1,024 and 16 heads, then 32 heads. Which of these change: the number under the root, the
+# number of scores, the size of `c_attn`?
 #
 # <details><summary>Answer</summary>
 #
-# Under the root stands D = C / H: 64, then 32. Each head has a table of N² scores, so there are twice as many. `c_attn`
-# stays 1,024 x 3,072: the same columns are split into more parts.
+# Under the root stands D = C / H: 64, then 32. Each head has a table of N² scores, so there are twice as many.
+# `c_attn` stays 1,024 x 3,072: the same columns are split into more parts.
 #
 # </details>

@@ -105,7 +105,13 @@ check("first", first)
 check("below", below)
 
 # %%
-keys, alpha = accepted("keys"), accepted("alpha")
+alpha = accepted("alpha")
+
+
+def keys(n, d):
+    return torch.as_tensor(accepted("keys")(n, d), dtype=torch.float64)
+
+
 torch.manual_seed(1)
 n, d, j = 4, 8, 2  # four values; the third is meant
 K = keys(n, d)
@@ -131,6 +137,9 @@ claim(17, "we could pick any value vectors", f"s = 30, values {', '.join(kinds)}
 # The same with the root: `attend_explicit` divides by √d, so the query needs s √d to do what s does here.
 #
 # ## How fast?
+#
+# The error for s from 0 to 40, on a logarithmic axis, in both precisions. Which curve do you expect of something like
+# e^(−s)?
 
 # %%
 scales = torch.arange(0, 41, 1.0, dtype=torch.float64)
@@ -153,7 +162,7 @@ plt.show()
 print("float32: the error is exactly 0 from s =", measured[torch.float32].index(0))
 
 # %% [markdown]
-# **Exercise `floor`.** The crosses leave the line near s = 17, and from 21 on the error in fp32 is exactly 0. Why?
+# **Exercise `floor`.** The crosses leave the line near s = 17, and soon the error in fp32 is exactly 0. Why?
 #
 # - a: c has become v_j: beyond this s the softmax of real numbers gives the others no weight at all.
 # - b: what the other values add is smaller than half the distance between v_j's entries and the next fp32 number.
@@ -199,9 +208,9 @@ plt.show()
 # %% [markdown]
 # Orthogonality is sufficient, and more than is needed. What counts is the **lead** of the own key,
 # $k_j^T k_j - \max_{i \neq j} k_i^T k_j$: if it is positive, the weight goes to 1, and what is missing shrinks like
-# $e^{-s \cdot lead}$. Unit keys that are different
-# always lead, because their product with others is less than 1. The recipe breaks when another key is *longer*, so
-# that it wins with a query that was not meant for it. What orthogonality buys is a lead of 1, the same for all.
+# $e^{-s \cdot lead}$. Unit keys that are different always lead, because their product with others is less than 1. The
+# recipe breaks when another key is *longer*, so that it wins with a query that was not meant for it. What
+# orthogonality buys is a lead of 1, the same for all.
 #
 # ## More keys than dimensions
 #
@@ -230,8 +239,8 @@ for n, d in (64, 64), (256, 64), (1000, 64), (1000, 512):
 
 # %% [markdown]
 # At most d keys are orthogonal, and a thousand in 64 dimensions are still told apart: random directions are nearly
-# orthogonal, the better the more dimensions (cosines spread by 1/√d). The price is a larger s. This is why a head
-# of 64 numbers can work with 1,024 positions.
+# orthogonal, the better the more dimensions (cosines spread by 1/√d). The price is a larger s. So a head of 64
+# numbers can work with 1,024 positions.
 #
 # ## Equal attention
 #
@@ -311,7 +320,7 @@ score()
 # <details><summary>Answer</summary>
 #
 # Both have length √64 = 8, so the product is at most 64, and 64 / √64 = 8. The weight is e⁸ / (e⁸ + 1,023) = 0.74.
-# (1,024 orthogonal keys do not fit into 64 dimensions, so in truth it is less.) A head that wants to be sharper
+# (1,024 orthogonal keys do not fit into 64 dimensions, so take it as an estimate.) A head that wants to be sharper
 # must learn longer queries or keys.
 #
 # </details>

@@ -55,34 +55,44 @@ PAIRS = [tuple(torch.randn(3, d, dtype=torch.float64)) for d in (3, 8)]
 CHOSEN = [([0, 2], 5.0), ([1], 3.0), ([0, 1, 3], 4.0)]
 
 TASKS = {
-    "unscaled": Task(unscaled, cases=[(q,) for q in Q], run=lambda answer, q: attention(filled(answer, q), K, K)[1], wrong=[
+    "unscaled": Task(unscaled, cases=[(q,) for q in Q], run=lambda answer, q: attention(filled(answer, q), K, K)[1],
+                     wrong=[
         (lambda q: q, "Then the scores are divided by the root of d, and equation 2 does not divide."),
         (lambda q: q / math.sqrt(q.size(-1)), "Now they are divided twice."),
         (lambda q: q * q.size(-1), "attend_explicit divides by the root of d, and you multiply by d."),
     ], hint="What must the query be multiplied by, so that the division leaves q^T k?"),
 
-    "keys": Task(basis, cases=[(4, 8), (8, 8), (1, 3)], run=lambda answer, *sizes: (k := filled(answer, *sizes)) @ k.mT, wrong=[
-        (lambda n, d: torch.randn(n, d), "Random vectors are nearly orthogonal at best, and not of length 1. What does "
-                                         "torch.linalg.qr make of a random matrix?"),
+    "keys": Task(basis, close=1e-10, cases=[(4, 8), (8, 8), (1, 3)],
+                 run=lambda answer, *sizes: (k := filled(answer, *sizes)) @ k.mT, wrong=[
+        (lambda n, d: basis(n, d).float(),
+         "They are, to seven digits. Here errors far below that are measured: make them with dtype=torch.float64."),
+        (lambda n, d: torch.randn(n, d),
+         "Random vectors are nearly orthogonal at best, and not of length 1. What does torch.linalg.qr make of a "
+         "random matrix?"),
         (lambda n, d: torch.nn.functional.normalize(torch.randn(n, d, dtype=torch.float64), dim=1),
          "Of length 1 they are, but not orthogonal to each other."),
         (lambda n, d: 3 * basis(n, d), "They are orthogonal, but not of length 1."),
-        (lambda n, d: basis(d, d)[:, :n], "Orthonormal *columns*: the keys are rows, so n of them with d numbers each."),
+        (lambda n, d: basis(d, d)[:, :n],
+         "Orthonormal *columns*: the keys are rows, so n of them with d numbers each."),
     ], hint="n rows of d numbers: each with itself gives 1, each with another 0."),
 
     "alpha": Task(alpha, cases=[(1.0, 4), (5.0, 4), (0.0, 7), (3.0, 1000)], wrong=[
-        (lambda s, n: math.exp(s) / (math.exp(s) + n), "One of the n keys is the meant one: how many others are there?"),
+        (lambda s, n: math.exp(s) / (math.exp(s) + n),
+         "One of the n keys is the meant one: how many others are there?"),
         (lambda s, n: math.exp(s) / (math.exp(s) + (n - 1) / math.e), "The other scores are 0: what is e to the 0?"),
         (lambda s, n: s / (s + n - 1), "Where are the exponentials of the scores s and 0?"),
-        (lambda s, n: math.exp(s) / (n * math.exp(s)), "Only one of the keys scores s, the others are orthogonal to q."),
+        (lambda s, n: math.exp(s) / (n * math.exp(s)),
+         "Only one of the keys scores s, the others are orthogonal to q."),
         (lambda s, n: 1 - math.exp(-s), "Good for a large s, but it forgets how many others compete."),
     ], hint="One score is s, n - 1 scores are 0."),
 
     "first": Task((first(4), first(1024)), wrong=[
         ((first(4), first(4)), "1,023 others compete in the second case, and only 3 in the first."),
         ((first(4) - 1, first(1024) - 1), "Just below: the weight is 0.98 there."),
-        ((first(4), 1024 * first(4) // 4), "256 times the keys, but not 256 times the scale: what does an exponential do?"),
-        ((2, 7), "From there on the meant value has half of the weight: for 0.99, how many times the others' sum must e^s be?"),
+        ((first(4), 1024 * first(4) // 4),
+         "256 times the keys, but not 256 times the scale: what does an exponential do?"),
+        ((2, 7),
+         "From there on the meant value has half of the weight: for 0.99, how many times the others' sum must e^s be?"),
         ((3, 6), "With the logarithm to base 10: the softmax has e."),
     ], hint="e^s / (e^s + n - 1) >= 0.99 means e^s >= 99 (n - 1). A tuple: (for n = 4, for n = 1024)."),
 
@@ -114,33 +124,43 @@ TASKS = {
     ], praise="Orthogonal vectors are linearly independent, and d dimensions have no more than d of those."),
 
     "found": Task(1000, wrong=[
-        (64, "64 can be orthogonal. But does a key have to be orthogonal to the others to give the largest score with itself?"),
+        (64,
+         "64 can be orthogonal. But does a key have to be orthogonal to the others to give the largest score with "
+         "itself?"),
         (1, "Each of the 1,000 queries has its own key."),
-        (0, "Not orthogonal is not yet hopeless: what is the product of a unit vector with itself, and what with another?"),
+        (0,
+         "Not orthogonal is not yet hopeless: what is the product of a unit vector with itself, and what with "
+         "another?"),
         (936, "1,000 - 64: but being beyond the 64th breaks nothing by itself."),
     ], praise="A unit vector's product with itself is 1, with any other less: the own key always leads."),
 
     "equal": Task(equal, cases=PAIRS, wrong=[
-        (lambda k1, k2, r: torch.zeros_like(r), "The weights are equal indeed, because q = 0 asks for nothing. Among all q with "
-                                                "equal weights, find the one nearest to r."),
-        (lambda k1, k2, r: k1 + k2, "That works only for keys of the same length; and r is to be changed as little as possible."),
+        (lambda k1, k2, r: torch.zeros_like(r),
+         "The weights are equal indeed, because q = 0 asks for nothing. Among all q with equal weights, find the one "
+         "nearest to r."),
+        (lambda k1, k2, r: k1 + k2,
+         "That works only for keys of the same length; and r is to be changed as little as possible."),
         (lambda k1, k2, r: k1 - k2, "This is the direction that q must have *nothing* of."),
-        (lambda k1, k2, r: r - (r @ (k1 - k2)) * (k1 - k2), "Right for a difference of length 1: divide by its squared length."),
-        (lambda k1, k2, r: equal(k1, -k2, r), "This is orthogonal to the sum of the keys. Which equation makes the scores equal?"),
+        (lambda k1, k2, r: r - (r @ (k1 - k2)) * (k1 - k2),
+         "Right for a difference of length 1: divide by its squared length."),
+        (lambda k1, k2, r: equal(k1, -k2, r),
+         "This is orthogonal to the sum of the keys. Which equation makes the scores equal?"),
     ], hint="Take from r what it has of k1 - k2, and nothing else."),
 
     "several": Task(lambda K, chosen, s: s * K[chosen].sum(0), cases=[(basis(5, 8), *case) for case in CHOSEN],
                     run=lambda answer, K, chosen, s: equation2(filled(answer, K, chosen, s), K), wrong=[
-        (lambda K, chosen, s: s * K[chosen].mean(0), "Equal they are, but the mean is a shorter vector: with it each chosen key "
-                                                     "scores s / m, not s."),
+        (lambda K, chosen, s: s * K[chosen].mean(0),
+         "Equal they are, but the mean is a shorter vector: with it each chosen key scores s / m, not s."),
         (lambda K, chosen, s: s * K.sum(0), "All keys score alike here: how do the others get 0?"),
         (lambda K, chosen, s: s * K[chosen[0]], "Only the first is asked for."),
-        (lambda K, chosen, s: s * K[chosen].prod(0), "The product of two keys, entry by entry, is no direction of either."),
+        (lambda K, chosen, s: s * K[chosen].prod(0),
+         "The product of two keys, entry by entry, is no direction of either."),
     ], hint="q is a sum. What does each of its terms score with each key?"),
 
     "generic": Task(8, wrong=[
         (7, "Seven differences leave one dimension of the eight. How many keys have seven differences to the first?"),
-        (9, "Nine keys have eight differences, and only 0 is orthogonal to eight independent vectors in 8 dimensions."),
+        (9,
+         "Nine keys have eight differences, and only 0 is orthogonal to eight independent vectors in 8 dimensions."),
         (2, "Two keys are one condition on q, and q has eight numbers."),
     ], praise="m keys are m - 1 conditions, and 8 - (m - 1) dimensions are left."),
 }
