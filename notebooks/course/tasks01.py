@@ -61,7 +61,7 @@ TASKS = {
          "This is the definition to the letter, and right for small scores. On the last case a score is 1000, and e to "
          "the 1000 is no float: what may be subtracted from a whole row without changing the quotient?"),
         (lambda scores: (e := (scores - scores.max()).exp()) / e.sum(-1, keepdim=True),
-         "The largest score of the whole table is subtracted. A row far below it becomes 0 / 0: subtract the row's own."),
+         "You subtract the largest score of the table. A row far below it becomes 0 / 0: subtract the row's own."),
         (softmax_of(lambda e: e / e.sum(-1)),
          "The sums are the right ones, but they lie in a row and are divided column by column: keepdim=True keeps each "
          "beside its row."),
