@@ -227,7 +227,8 @@ def kind(thing):
 
 
 def show(thing):
-    return f"a tensor of shape {tuple(thing.shape)}" if isinstance(thing, torch.Tensor) else f"{thing!r:.60}"
+    shown = f"a tensor of shape {tuple(thing.shape)}" if isinstance(thing, torch.Tensor) else repr(thing)
+    return " ".join(shown.split())[:60]  # a list of tensors has many lines
 
 
 def first_line(error):
