@@ -204,7 +204,7 @@ for ax, allowed, title in zip(axes, (accepted("mask")(5, 3), wrong), ("by positi
     ax.imshow(allowed, cmap="Greys", vmin=0, vmax=1.6, extent=(-0.5, 7.5, 7.5, 4.5))
     ax.set_xticks(range(8))
     ax.set_yticks([5, 6, 7])
-    ax.set(title=title, xlabel="position of the key", ylabel="of the query")
+    ax.set(title=title, xlabel="position of the key (grey: may look)", ylabel="of the query")
 plt.show()
 
 q, k, v = attn.qkv(x)
@@ -236,8 +236,8 @@ for cached, style, label in (False, "o-", "all read again"), (True, "s--", "cach
     left.loglog(lengths, [entries(cost) for cost in costs[cached]], style, color="black", mfc="white", label=label)
     right.loglog(lengths, [(cost.flops("GEMM") + cost.flops("BGEMM")) / 2 for cost in costs[cached]], style,
                  color="black", mfc="white", label=label)
-right.axvline(6 * C, color="grey", linestyle=":")
-right.text(6.4 * C, 7e4, "N = 6 C", color="grey")
+right.axvline(6 * C, color="black", linestyle=":")
+right.text(5.8 * C, 1e6, "N = 6 C", ha="right")
 left.set(title="entries of $QK^T$, one head", xlabel="tokens N", ylabel="for one more token")
 right.set(title="multiply-adds, linears included", xlabel="tokens N")
 left.legend(frameon=False)
