@@ -14,7 +14,8 @@ import model
 from plumbing import utils
 
 SEEDS = Path(__file__).resolve().parents[2] / "shared" / "seeds"
-FOREIGN = {"mingpt": types.ModuleType("mingpt"), "mingpt.model": model, "mingpt.attention": attention, "mingpt.utils": utils}
+FOREIGN = {"mingpt": types.ModuleType("mingpt"), "mingpt.model": model, "mingpt.attention": attention,
+           "mingpt.utils": utils}
 WORD = r"[+-]?\d+\.\d+|\w+"
 
 
@@ -61,7 +62,8 @@ def shell(monkeypatch, tmp_path):
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
     monkeypatch.setattr(sys, "path", list(sys.path))
-    ip = InteractiveShell(user_module=types.ModuleType("notebook"), config=Config({"HistoryManager": {"enabled": False}}))
+    no_history = Config({"HistoryManager": {"enabled": False}})
+    ip = InteractiveShell(user_module=types.ModuleType("notebook"), config=no_history)
     monkeypatch.setitem(sys.modules, "notebook", ip.user_module)
 
     def run(code):

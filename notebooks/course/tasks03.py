@@ -1,6 +1,7 @@
 """The exercises of lesson 3, the model that runs around a cache, and the cache itself."""
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from attention import Causal, CausalSelfAttention, attend_explicit, dense
 from cost import linears, predict
@@ -15,6 +16,12 @@ def draw(*shape):
 
 # -----------------------------------------------------------------------------
 # One more token
+
+
+def thrifty(answer, q, k, v):
+    """What an answer returned, and whether it multiplied no more than one query needs."""
+    with FlopCounterMode(display=False) as flops:
+        return answer(q, k, v), flops.get_total_flops() <= 4 * k.numel()
 
 
 def step(attn, x, k, v):
@@ -139,6 +146,12 @@ class Queries(Cache):
         return super().write(layer, q, q, v)
 
 
+class OneBuffer(Cache):
+    def __init__(self, n_layer, shape):
+        super().__init__(n_layer, shape)
+        self.v = self.k
+
+
 class OneLayer(Cache):
     def write(self, layer, q, k, v):
         return super().write(0, q, k, v)
@@ -208,12 +221,14 @@ TASKS = {
     "last_row": Task(
         lambda q, k, v: attend_explicit(q[:, :, -1:], k, v)[0],
         wrong=[(lambda q, k, v: attend_explicit(q, k, v)[0], "Every query was used: only the last one is asked for."),
+               (lambda q, k, v: attend_explicit(q, k, v)[0][:, :, -1:],
+                "The row is right. But all queries were multiplied, and then thrown away: slice before, not behind."),
                (lambda q, k, v: attend_explicit(q[:, :, :1], k, v)[0], "That is the query of the first token."),
                (lambda q, k, v: attend_explicit(q[:, :, :-1], k, v)[0],
                 ":-1 is everything but the last; -1: is the last alone."),
                (lambda q, k, v: attend_explicit(q[:, :, -1:], k[:, :, -1:], v[:, :, -1:])[0],
                 "One query, yes. But it looks at the keys and values of all tokens.")],
-        cases=[(x, x.sin(), x.cos()) for x in (draw(2, 2, 5, 4), draw(1, 3, 7, 2))],
+        cases=[(x, x.sin(), x.cos()) for x in (draw(2, 2, 5, 4), draw(1, 3, 7, 2))], run=thrifty,
         hint="Slice q along its third axis so that the axis stays, and hand the rest on as it is."),
     "stored": Task(
         "b",
@@ -298,6 +313,7 @@ TASKS = {
                (RowZero, "The first row of the batch is right, the others are not: are they written?"),
                (KeysOnly, "The keys are right and the old values are lost: what do the weights multiply?"),
                (Forgetful, "Each chunk looks only at itself: return all that is stored so far."),
+               (OneBuffer, "k and v are one and the same list, so that the values overwrite the keys."),
                (Queries, "q stands where k should. Later tokens look at keys, and nobody asks for an old query."),
                (OneLayer, "All layers write into one buffer, so that each reads the keys of the one before it.")],
         cases=[(B, way) for B in (1, 3) for way in splits(4)], run=decode, close=1e-10,

@@ -35,12 +35,20 @@ def last_missing(mha, x, P):
     return walk(mha, x[:, :-1], P)
 
 
+def at_once(mha, x, P):
+    return mha(x, use_kv_cache=True)
+
+
+def no_prefill(mha, x, P):
+    return walk(mha, x, 1)
+
+
 def walked(answer, x, P):
-    """What a walk returned, and how many positions it sent through the layer."""
+    """What a walk returned, and how many positions each of its calls sent through the layer."""
     with torch.no_grad():
         mha, sent = CausalSelfAttention(GPTConfig(n_head=2, n_embd=8)).double().eval(), []
         mha.c_attn.register_forward_hook(lambda module, args, out: sent.append(args[0].size(1)))
-        return answer(mha, x, P), sum(sent)
+        return answer(mha, x, P), sent
 
 
 # -----------------------------------------------------------------------------
@@ -126,6 +134,8 @@ TASKS = {
                 "Behind the prefill every token is alone: a step has to read the cache, and to say where it stands."),
                (all_again, "The rows are right, and far too many positions were sent: bring only what is not stored."),
                (steps_only, "The rows of the prefill are missing: they are outputs like the others."),
+               (at_once, "The rows are right. But while decoding, later tokens are not known: they come one by one."),
+               (no_prefill, "The rows are right. But the first P tokens are known, and may enter in one call."),
                (last_missing, "The last position never enters: where does the range end?")],
         cases=[(torch.linspace(-1, 1, 96, dtype=torch.float64).view(2, 6, 8).sin(), 3),
                (torch.linspace(-2, 2, 56, dtype=torch.float64).view(1, 7, 8).cos(), 1)], run=walked,
