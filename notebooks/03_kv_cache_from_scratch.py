@@ -249,10 +249,6 @@ for cached, label in (False, "all read again"), (True, "cached step"):
     print(f"{label:15} slopes: linears {slope(lengths, GEMM):5.2f}, attention {slope(lengths, BGEMM):4.2f}, "
           f"both {slope(lengths, both):4.2f}")
 # %% [markdown]
-# So both are needed: a pass is O($N C^2 + N^2 C$), a cached step O($C^2 + N C$). The cache removes a factor of `N`
-# from *both* terms: that is why it pays long before the quadratic term does. For GPT-2, `C = 768`, the terms meet at
-# 4,608 tokens, far beyond its 1,024: in everything it ever does, the linears dominate.
-#
 # **Explain the plot.** In the right panel the line of the cached step is flat on the left, although its score
 # entries, in the left panel, grow with slope 1. Why?
 #
@@ -291,9 +287,14 @@ claim(24, "K and V are N d each, so memory scales as O(N)",
 row = accepted("bytes")(12, 1, 12, 12, 64, 1024, 4) / 2**20  # GPT-2's smallest, fp32, all of its positions
 print(f"\nGPT-2: weights {124e6 * 4 / 2**20:,.0f} MiB; cache {row:,.0f} MiB for one row, {32 * row:,.0f} MiB for 32")
 # %% [markdown]
-# The sheet's "$N \cdot d$ each" is one layer of one row. The whole is that times layers and rows, and its $d$ is `KV`
-# x `D`, the width of the *keys*: heads that share keys (lesson 8) make it smaller, and nothing else about the model
-# need change.
+# ## Two things to add to the sheet
+#
+# *Time.* A pass is O($N C^2 + N^2 C$), a cached step O($C^2 + N C$). The cache removes a factor of `N` from **both**
+# terms: that is why it pays long before the quadratic term does. In GPT-2, `C = 768`, the terms meet at 6 x 768 =
+# 4,608 tokens, far beyond its 1,024: in every pass it ever makes, the linears are the larger part.
+#
+# *Memory.* "$N \cdot d$ each" is one layer of one row. The whole is that times layers and rows, and $d$ is `KV` x
+# `D`, the width of the *keys*: where heads share keys (lesson 8) it is smaller, and the cache with it.
 #
 # ## Your cache
 #
@@ -307,7 +308,7 @@ print(getsource(forward))
 # %%
 class MyCache:
     def __init__(self, n_layer, shape):
-        """shape: (B, H, length, D), room for the keys of one layer; for its values as much. fp64 is the default here."""
+        """shape: (B, H, length, D), room for the keys of one layer; as much for its values. fp64 is the default."""
         self.k = ...
         self.v = ...
         self.filled = 0  # how many positions are stored: forward() counts it up

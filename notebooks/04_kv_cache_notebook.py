@@ -13,8 +13,7 @@
 # - explain why a cache saves less time than it saves work,
 # - say what the cache of a whole model is, and what an encoder-decoder keeps besides.
 #
-# *You need:* lesson 3, where the cache was derived. It was one head and one layer at a time there, and so it begins
-# here.
+# *You need:* lesson 3, where the cache is derived, and its shapes.
 # %%
 import sys; sys.path += ["..", "notebooks"]  # the modules lie one folder above this page
 import inspect
@@ -176,14 +175,14 @@ claim(32, "without a cache, each call gives the earlier rows again and one more"
 #
 # Now something larger, as there: 8 sequences of 64 tokens, 128 wide, 8 heads; a prefill of 3, and 61 steps. How many
 # positions of each sequence pass through the layer in all, (1) with the cache, (2) without?
-# %%
-sent = (..., ...)
-check("sent", sent)
-# %% [markdown]
+#
 # And how much *time* is saved? As in the original, the time includes building the layer, and gradients are on, as
 # PyTorch has them unless told otherwise. Nobody decodes like that: autograd keeps notes for a backward pass that
 # never comes. So we measure with gradients and without. The four take turns, and of several rounds the fastest
 # counts, for whatever else the machine is doing can only make a round slower.
+# %%
+sent = (..., ...)
+check("sent", sent)
 # %%
 torch.set_num_threads(1)  # threads that wait for each other on a busy machine would drown what we measure
 set_seed(42)

@@ -7,7 +7,6 @@ import types
 from pathlib import Path
 
 import pytest
-import torch
 
 import attention
 import model
@@ -62,9 +61,9 @@ def shell(monkeypatch, tmp_path):
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
     monkeypatch.setattr(sys, "path", list(sys.path))
-    no_history = Config({"HistoryManager": {"enabled": False}})
-    ip = InteractiveShell(user_module=types.ModuleType("notebook"), config=no_history)
-    monkeypatch.setitem(sys.modules, "notebook", ip.user_module)
+    module = types.ModuleType("published_cells")
+    monkeypatch.setitem(sys.modules, module.__name__, module)  # IPython does so too, and leaves it there
+    ip = InteractiveShell(user_module=module, config=Config({"HistoryManager": {"enabled": False}}))
 
     def run(code):
         with capture_output() as captured:

@@ -127,7 +127,8 @@ TASKS = {
                ("c",
                 "The one call does the very same products with the same shapes; it merely stores something besides."),
                ("d", "The formula is the same: where could anything larger than rounding come from?")],
-        hint="Answer with one of the letters a to d."),
+        hint="Answer with one of the letters a to d.",
+        praise="Equal bits are a gift of doing the very same thing. Everything else is compared with a tolerance."),
     "walk": Task(
         walk,
         wrong=[(afresh,
@@ -152,7 +153,8 @@ TASKS = {
         wrong=[("a", "Both make 62 calls: a prefill and 61 steps."),
                ("b", "Look at the right panel: the cached step grows with the past as well, but hardly."),
                ("d", "Both build the layer once, and it takes less than a millisecond.")],
-        hint="Answer with one of the letters a to d."),
+        hint="Answer with one of the letters a to d.",
+        praise="As the past grows, the price of computing takes over: see the right panel at 512 tokens."),
     "speaks": Task(
         [2, 3],
         wrong=[([1, 2, 3], "Test 1 has a prefill and single steps. Do these reach the line that was changed?"),
@@ -161,7 +163,8 @@ TASKS = {
                ([],
                 "The kernel counts from the top left. What does the first token of a chunk behind a prefix see?"),
                ([1], "A prefill is a square, and a single step sees everything: these go through the line above.")],
-        hint="A list of the numbers 1, 2, 3, in order: those that fail."),
+        hint="A list of the numbers 1, 2, 3, in order: those that fail.",
+        praise="The general case has two kinds of call: a chunk behind a prefix, and rows at different places."),
     "heads": Task(
         ((HEADS.max_batch_size, HEADS.n_kv_head, HEADS.block_size, HEADS.n_embd // HEADS.n_head),
          HEADS.n_embd + 2 * HEADS.kv_width),
