@@ -4,6 +4,7 @@ import importlib
 import json
 import re
 import sys
+from unittest import mock
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 sys.path.insert(0, str(ROOT / "notebooks"))
 from course import Task, grade, lesson  # noqa: E402
-from course.build import METADATA, notebook, sources  # noqa: E402
+from course.build import METADATA, execute, notebook, sources  # noqa: E402
 
 SOURCES = sources()
 TASKS = {int(source.name[:2]): importlib.import_module(f"course.tasks{source.name[:2]}").TASKS for source in SOURCES}
@@ -149,3 +150,22 @@ def test_the_page_on_disk_is_made_of_its_source_was_run_in_order_without_error_i
     for output in outputs:
         output.get("data", {}).pop("image/png", None)  # its letters are no words
     assert not re.search(r"/(home|root|Users|tmp|work|usr|opt)/|[A-Z]:\\\\", json.dumps(page))
+
+
+def test_a_lesson_finds_the_modules_from_the_repository_root_too():
+    nbclient = pytest.importorskip("nbclient", reason="a lesson needs a kernel to run: pip install -e .[notebooks]")
+    pages = list(map(notebook, SOURCES))
+    firsts = [next(cell for cell in page.cells if cell.cell_type == "code") for page in pages]
+    assert all(first.source.startswith('import sys; sys.path += ["..", "notebooks"]') for first in firsts)
+    pages[-1].cells = firsts[-1:]
+    with mock.patch.dict("os.environ"):  # execute() changes it
+        try:
+            execute(pages[-1], folder=ROOT)
+        except nbclient.exceptions.CellExecutionError as error:
+            pytest.fail(str(error))
+
+
+def test_lesson_4_finds_every_number_of_the_published_notebook_and_one_claim_alone_does_not_hold():
+    page = json.loads((ROOT / "notebooks" / "04_kv_cache_notebook.ipynb").read_text(encoding="utf-8"))
+    said = "".join("".join(output.get("text", "")) for cell in page["cells"] for output in cell.get("outputs", ()))
+    assert "318 numbers agree" in said and said.count("does not hold here") == 1
