@@ -26,8 +26,8 @@ from course.little import little_bart
 from course.speaks import speaks
 from generate import advance, encode, generate, project, strategies
 
-check, accepted, claim, score = lesson(5)
 torch.set_grad_enabled(False)  # we decode, and do not train
+check, accepted, claim, score = lesson(5)
 # %% [markdown]
 # ## The model
 #
