@@ -2,8 +2,8 @@
 # # 5. One text, three bills
 #
 # An encoder-decoder reads an article and writes a summary, one token per call of its decoder. Written down plainly, the
-# loop computes nearly everything again for every token. We write it three times: *naive*, with the encoder *hoisted* out
-# of the loop, and *cached*. All three write the same text; we count what each of them lets through the model.
+# loop computes nearly everything again for every token. We write it three times: *naive*, with the encoder *hoisted*
+# out of the loop, and *cached*. All three write the same text; we count what each of them lets through the model.
 #
 # You will be able to
 #
@@ -35,8 +35,8 @@ check, accepted, claim, score = lesson(5)
 # counted in tokens, and a trained one of that shape would cost the same. It has two methods that we need.
 #
 # - `bart.encode(source)`: ids (1, N) go in, vectors (1, N, C) come out.
-# - `bart.decode(target, encoded)`: the ids written so far (1, T) go in, logits (1, T, V) come out, one row for the token
-#   after each position. The text begins with `bart.config.start_id`.
+# - `bart.decode(target, encoded)`: the ids written so far (1, T) go in, logits (1, T, V) come out, one row for the
+#   token after each position. The text begins with `bart.config.start_id`.
 # %%
 bart = little_bart()
 N, M = 1024, 100
@@ -57,16 +57,18 @@ print("decode", (1, 1), "->", tuple(logits.shape), "the first token:", logits[0,
 # | hoisted | nothing, but in call 1  | the whole text                                |
 # | cached  | nothing, but in call 1  | the newest id (in call 1 the start token)     |
 #
-# How many tokens enter the two stacks in all? Write three numbers in the place of the three dots, before you run anything.
+# How many tokens enter the two stacks in all? Write three numbers in the place of the three dots, before you run
+# anything.
 # %%
 totals = [..., ..., ...]  # naive, hoisted, cached
 check("totals", totals)
 # %% [markdown]
 # ## Naive
 #
-# Everything again for every token. Fill in the line: encode, decode, and take the likeliest id of the last position. All
-# three functions get the model, a source (1, N) and M, and return the M new ids as a list. They ignore the end of sequence
-# for now: we want to count exactly M calls. Your function is tried on a small model, and hooks count what enters.
+# Everything again for every token. Fill in the line: encode, decode, and take the likeliest id of the last position.
+# All three functions get the model, a source (1, N) and M, and return the M new ids as a list. They ignore the end of
+# sequence for now: we want to count exactly M calls. Your function is tried on a small model, and hooks count what
+# enters.
 # %%
 def naive(bart, source, M):
     ids = [bart.config.start_id]
@@ -80,12 +82,12 @@ check("naive", naive)
 # %% [markdown]
 # ## Hoisted, then cached
 #
-# *Hoisted*: the source does not change while we write, and the encoder never looks at what we write. What follows for the
-# loop?
+# *Hoisted*: the source does not change while we write, and the encoder never looks at what we write. What follows for
+# the loop?
 #
-# *Cached*: the decoder is causal, so a token that follows changes nothing in what stands before it. Keys and values of the
-# past can be kept, and one token enters per call. `bart.decode(target, encoded, use_kv_cache=True, start_pos=n)` does that:
-# `target` holds only what is new, and n tokens precede it. At `start_pos=0` a new text begins.
+# *Cached*: the decoder is causal, so a token that follows changes nothing in what stands before it. Keys and values of
+# the past can be kept, and one token enters per call. `bart.decode(target, encoded, use_kv_cache=True, start_pos=n)`
+# does that: `target` holds only what is new, and n tokens precede it. At `start_pos=0` a new text begins.
 # %%
 def hoisted(bart, source, M):
     return ...  # your line(s)
@@ -100,8 +102,8 @@ check("cached", cached)
 # %% [markdown]
 # ## Count from outside
 #
-# `cost.count` hangs hooks on the two stacks and counts the positions that enter their first layers. The loops know nothing
-# of it. If a loop of yours has been accepted, it is yours that runs here.
+# `cost.count` hangs hooks on the two stacks and counts the positions that enter their first layers. The loops know
+# nothing of it. If a loop of yours has been accepted, it is yours that runs here.
 # %%
 texts, costs = {}, {}
 for name in "naive", "hoisted", "cached":
@@ -143,8 +145,8 @@ check("figure", figure)
 # ## The closed form, and what M is
 #
 # Write the three totals as a function of N and M. Then a question of definition. The document calls M the length of
-# `output_tokens` when the loop returns. That list begins with the start token. If *it* is 100 long in the end, which three
-# totals would we have counted?
+# `output_tokens` when the loop returns. That list begins with the start token. If *it* is 100 long in the end, which
+# three totals would we have counted?
 # %%
 def closed_form(N, M):
     return ...  # your line(s): naive, hoisted, cached
@@ -155,10 +157,11 @@ convention = [..., ..., ...]  # naive, hoisted, cached, where len(output_tokens)
 check("closed_form", closed_form)
 check("convention", convention)
 # %% [markdown]
-# The formulas below are yours once they are right, and every size is counted. The sum in the document runs over its M calls,
-# from m = 1 to M, so M is the number of calls there, and of generated tokens. Its words, "`M = len(output_tokens)`", say
-# one more: the start token is fed, but was not generated, and the last id was generated, but is never fed. We keep the
-# formula, which is right, and read M as *decoder calls*. Whoever reports a count should say which.
+# The formulas below are yours once they are right, and every size is counted. The sum in the document runs over its M
+# calls, from m = 1 to M, so M is the number of calls there, and of generated tokens. Its words, "`M =
+# len(output_tokens)`", say one more: the start token is fed, but was not generated, and the last id was generated, but
+# is never fed. We keep the formula, which is right, and read M as *decoder calls*. Whoever reports a count should say
+# which.
 # %%
 small = little_bart(block_size=64)
 wrong = []
@@ -185,19 +188,19 @@ claim(4, f"M is len(output_tokens); hoisted, M = 100: {counted['hoisted']:,}",
 # %% [markdown]
 # ## The same text, nearly the same logits
 #
-# A cheaper loop is worth something only if it writes the same. `compare` runs the project's own three strategies side by
-# side. The ids must be equal. The logits need not be, to the last bit: a product of one row may add in another order
-# than a product of a hundred. Where they differ, `compare` decodes again in double precision: rounding falls by many orders
-# of magnitude there, and a bug stays.
+# A cheaper loop is worth something only if it writes the same. `compare` runs the project's own three strategies side
+# by side. The ids must be equal. The logits need not be, to the last bit: a product of one row may add in another order
+# than a product of a hundred. Where they differ, `compare` decodes again in double precision: rounding falls by many
+# orders of magnitude there, and a bug stays.
 # %%
 result = compare(bart, strategies(bart), source.tolist(), M, ignore_eos=True)
 for one in result["strategies"]:
     print(f"{one['strategy']:8} logits differ by at most {one['logit_difference']:.1e}  {one['finding']['verdict']}")
 print(f"{result['distinct']} distinct ids, beginning {texts['naive'][:12]}")
-same = all(text == one["ids"][0] for text, one in zip(texts.values(), result["strategies"]))
-same = same and len({tuple(text) for text in texts.values()}) == 1
-claim(5, "the three loops are one computation",
-      f"the same {M} ids: {same}; logits equal or differing by rounding: {not result['bug']}", same and not result["bug"])
+same = {tuple(text) for text in texts.values()} == {tuple(one["ids"][0]) for one in result["strategies"]}
+same = same and len(set(map(tuple, texts.values()))) == 1
+claim(5, "the three loops write the same", f"the same {M} ids: {same}; of the logits, nothing but rounding: "
+      f"{not result['bug']}", same and not result["bug"])
 # %% [markdown]
 # ## Where a text ends
 #
@@ -215,10 +218,10 @@ ended = [..., ..., ...]  # naive, hoisted, cached
 check("until_end", until_end)
 check("ended", ended)
 # %% [markdown]
-# This is the document's last loop on our files. It writes `logits, cache = decoder(enc, output_tokens[-1], cache=cache)`
-# with a cache that is `None` at first. In ours the cache is an object, which the loop makes and passes in: `advance` lets
-# enter what `cache.filled` says is not stored yet. `memory` holds what the decoder keeps of the source; lesson 6 is about
-# it. Our random model knows no end, so we declare one of its rarer ids to be it.
+# This is the document's last loop on our files. It writes `logits, cache = decoder(enc, output_tokens[-1],
+# cache=cache)` with a cache that is `None` at first. In ours the cache is an object, which the loop makes and passes
+# in: `advance` lets enter what `cache.filled` says is not stored yet. `memory` holds what the decoder keeps of the
+# source; lesson 6 is about it. Our random model knows no end, so we declare one of its rarer ids to be it.
 # %%
 end = max(set(texts["naive"]), key=texts["naive"].index)  # the id that appears last for the first time
 memory, cache = project(bart, *encode(bart, source.tolist())), bart.new_cache(batch_size=1, length=1 + M)
@@ -244,9 +247,9 @@ claim(6, "one id enters and logits come back, with a cache that the loop carries
 # %% [markdown]
 # ## Which test would notice?
 #
-# In `generate.py` the strategy `hoisted` encodes before its step begins. Suppose somebody encodes in the step *again*, by
-# mistake. We make the change in a copy of the project and run two tests there: `counts`, which counts tokens for N = 1,024
-# and M = 100, and `tokens`, which compares the texts of all strategies. Which of them fail? Predict, then run.
+# In `generate.py` the strategy `hoisted` encodes before its step begins. Suppose somebody encodes in the step *again*,
+# by mistake. We make the change in a copy of the project and run two tests there: `counts`, which counts tokens for N =
+# 1,024 and M = 100, and `tokens`, which compares the texts of all strategies. Which of them fail? Predict, then run.
 # %%
 wasteful = ...  # a list: [], ["counts"], ["tokens"] or ["counts", "tokens"]
 check("wasteful", wasteful)
@@ -264,22 +267,24 @@ score()
 # %% [markdown]
 # ## Questions
 #
-# **1.** Hoisting saves 101,376 tokens here, caching another 4,950. For which texts would it be the other way round, caching
-# saving more than hoisting?
+# **1.** Hoisting saves 101,376 tokens here, caching another 4,950. For which texts would it be the other way round,
+# caching saving more than hoisting?
 #
 # <details><summary>Answer</summary>
 #
-# Hoisting saves N (M - 1), caching M (M - 1) / 2. Caching saves more where M > 2 N: where the text becomes more than twice
-# as long as its source, as in a story from a title. With no source at all, in a GPT, it is the only one of the two.
+# Hoisting saves N (M - 1), caching M (M - 1) / 2. Caching saves more where M > 2 N: where the text becomes more than
+# twice as long as its source, as in a story from a title. With no source at all, in a GPT, it is the only one of the
+# two.
 #
 # </details>
 #
-# **2.** Why can the encoder's result be kept as it is, while of the decoder only keys and values are kept, layer by layer?
+# **2.** Why can the encoder's result be kept as it is, while of the decoder only keys and values are kept, layer by
+# layer?
 #
 # <details><summary>Answer</summary>
 #
-# Nothing enters the encoder while we write, so nobody runs it again. The decoder does run, on a new token that must look
-# at the past in every layer; and it looks at keys and values. That they stand still is owed to the causal mask.
+# Nothing enters the encoder while we write, so nobody runs it again. The decoder does run, on a new token that must
+# look at the past in every layer; and it looks at keys and values. That they stand still is owed to the causal mask.
 #
 # </details>
 #
@@ -287,9 +292,9 @@ score()
 #
 # <details><summary>Answer</summary>
 #
-# Tokens are not time. One token on its own reads all the weights of the decoder, as a hundred tokens do, and every call has
-# a price of its own. The head and the attention to stored keys are not counted here either, and the encoder's 1,024 tokens
-# stay. On 2 cores BART-base is 18.5 times as fast (see README).
+# Tokens are not time. One token on its own reads all the weights of the decoder, as a hundred tokens do, and every call
+# has a price of its own. The head and the attention to stored keys are not counted here either, and the encoder's 1,024
+# tokens stay. On 2 cores BART-base is 18.5 times as fast (see README).
 #
 # </details>
 #
@@ -297,8 +302,8 @@ score()
 #
 # <details><summary>Answer</summary>
 #
-# The whole text enters each time, at `start_pos=0`, so each call begins afresh: the cache is written and never read. Equal
-# texts cannot show that. It takes a count.
+# The whole text enters each time, at `start_pos=0`, so each call begins afresh: the cache is written and never read.
+# Equal texts cannot show that. It takes a count.
 #
 # </details>
 #

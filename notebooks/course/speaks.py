@@ -16,7 +16,7 @@ def speaks(file, old, new, tests):
     """
     Puts new in the place of old in a copy of a file of the project, and runs tests there ("tests/test_x.py::test_y").
     Returns the names of those that fail, in order. The project itself stays as it is.
-    Raises ValueError if old is not in the file exactly once, or no test ran: a change that changes nothing shows nothing.
+    Raises ValueError if old is not in the file exactly once, or no test ran: what changes nothing shows nothing.
     """
     with tempfile.TemporaryDirectory() as folder:
         for part in PARTS:

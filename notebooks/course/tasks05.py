@@ -17,7 +17,7 @@ def tokens(N, M):
 
 
 def decode(answer, N, M):
-    """What a loop makes of a little BART and a source of N: the ids, and the tokens that entered encoder and decoder."""
+    """What a loop makes of a little BART and a source of N: the ids, and what entered encoder and decoder."""
     bart = little_bart(seed=5, block_size=64).double()  # in fp64 no two strategies can part by rounding
     source = torch.randint(3, 100, (1, N))
     with torch.no_grad(), count(bart) as cost:
@@ -30,7 +30,7 @@ def ours(strategy):
 
 
 def mistaken(encode_each_time=False, feed=lambda ids: ids, place=lambda ids: None, last=-1, drop=1):
-    """A loop that is wrong in one way or another. place: where a cached call begins; None for a call without a cache."""
+    """A loop that goes wrong in one way or another. place: where a cached call begins; None without a cache."""
     def write(bart, source, M):
         ids, encoded = [bart.config.start_id], bart.encode(source)
         for k in range(M):
@@ -100,14 +100,17 @@ TASKS = {
     "naive": Task(
         ours("naive"), cases=CASES, run=decode,
         wrong=[
-            (mistaken(), "The ids are right, and the encoder ran once: that is the next exercise already. Here it belongs "
-                         "into the loop."),
+            (mistaken(),
+             "The ids are right, and the encoder ran once: that is the next exercise already. Here it belongs into "
+             "the loop."),
             (mistaken(True, drop=0), "Everything is computed as it should be. What is returned begins with the start "
                                      "token, which nobody generated."),
-            (mistaken(True, last=0), "The counts are right and the ids are not. Logits come for every position: which of "
-                                     "them has seen the whole text?"),
-            (mistaken(True, feed=newest), "The decoder was given the newest token alone. It has no memory yet: what it is "
-                                          "not given, it does not know."),
+            (mistaken(True, last=0),
+             "The counts are right and the ids are not. Logits come for every position: which of them has seen the "
+             "whole text?"),
+            (mistaken(True, feed=newest),
+             "The decoder was given the newest token alone. It has no memory yet: what it is not given, it does not "
+             "know."),
         ],
         hint="Wanted are the M ids, and M runs of the encoder over N tokens, and of the decoder over 1, 2, .. M.",
         praise="Right, and as wasteful as it should be."),
@@ -115,8 +118,9 @@ TASKS = {
         ours("hoisted"), cases=CASES, run=decode,
         wrong=[
             (mistaken(True), "The ids are right, and the encoder still runs in every call."),
-            (mistaken(feed=newest), "One thing changes at a time: the encoder leaves the loop, and the decoder is still "
-                                    "given the whole text."),
+            (mistaken(feed=newest),
+             "One thing changes at a time: the encoder leaves the loop, and the decoder is still given the whole "
+             "text."),
             (mistaken(drop=0), "Everything is computed as it should be. What is returned begins with the start token, "
                                "which nobody generated."),
             (mistaken(feed=newest, place=behind), "The ids are right, and the decoder keeps a cache: that is the next "
@@ -130,20 +134,22 @@ TASKS = {
             (mistaken(), "The ids are right, but the whole text entered in every call. So nothing was kept, or it was "
                          "thrown away: start_pos=0 begins a new text."),
             (mistaken(feed=newest, place=lambda ids: 0),
-             "The counts are right and the ids are not: every token began a text of its own. Was a cache asked for, and "
-             "how many tokens stand before the newest?"),
+             "The counts are right and the ids are not: every token began a text of its own. Was a cache asked for, "
+             "and how many tokens stand before the newest?"),
             (mistaken(True, feed=newest, place=behind), "The ids are right, and the encoder is back in the loop."),
-            (mistaken(feed=lambda ids: ids[:1], place=behind), "The counts are right and the ids are not: which token has "
-                                                               "the decoder not seen yet, the first or the last?"),
+            (mistaken(feed=lambda ids: ids[:1], place=behind),
+             "The counts are right and the ids are not: which token has the decoder not seen yet, the first or the "
+             "last?"),
         ],
         hint="Wanted are the M ids, one run of the encoder, and M of the decoder over one token each.",
         praise="One token in, one token out."),
     "figure": Task("b", wrong=[
-        ("a", "All three counted exactly what happened. Look at the values after call 1 again: what has entered by then?"),
+        ("a",
+         "All three counted exactly what happened. Look at the values after call 1 again: what has entered by then?"),
         ("c", "A logarithmic axis makes differences of small numbers larger, not smaller. And these are equal."),
         ("d", "Naive decoding runs the encoder in its first call too."),
-    ], hint="Answer with a letter.", praise="The strategies differ in what they do again, and in call 1 nothing is done "
-                                            "again."),
+    ], hint="Answer with a letter.",
+        praise="The strategies differ in what they do again, and in call 1 nothing is done again."),
     "closed_form": Task(
         tokens, cases=[(1024, 100), (1, 1), (7, 3), (3, 50)],
         wrong=[
@@ -158,10 +164,12 @@ TASKS = {
         tokens(1024, 99),
         wrong=[
             (tokens(1024, 100), "These count 100 calls. How many ids of a list of 100 were appended to it?"),
-            (tokens(1024, 101), "The list holds the start token besides the generated ones, so there are fewer calls than "
-                                "ids, not more."),
-            ([each - 1 for each in tokens(1024, 100)], "One call less is not one token less, but for the last loop: what "
-                                                       "would have entered in the hundredth call?"),
+            (tokens(1024, 101),
+             "The list holds the start token besides the generated ones, so there are fewer calls than ids, not "
+             "more."),
+            ([each - 1 for each in tokens(1024, 100)],
+             "One call less is not one token less, but for the last loop: what would have entered in the hundredth "
+             "call?"),
         ], hint="Count the calls of a loop whose list begins as [start] and ends with 100 ids."),
     "until_end": Task(
         until_end, cases=[(Script([5, 7, 2, 9]), 2, 2, 10), (Script([5, 7, 9]), 0, 2, 3), (Script([2, 5]), 2, 2, 4),

@@ -8,6 +8,7 @@ from torch import nn
 from attention import attend_explicit
 from cost import predict, rows_through
 from further.concat import ConcatCache, SlipCache
+from model import BART
 
 from . import Task
 from .little import little_bart
@@ -25,6 +26,16 @@ FOUR = [rows("hoisted", SELF), rows("cached", SELF), rows("hoisted", CROSS), row
 HOISTED, CACHED = (rows_through(predict(CONFIG, name, 1024, 100)["linear_rows"], "decoder.") for name in
                    ("hoisted", "cached"))
 ONLY_CROSS = HOISTED - 2 * rows("hoisted", CROSS) + 2 * rows("cached", CROSS)
+
+
+def spared(N, M):
+    """The share of hoisted decoding's multiplications that a cache saves, of a BART as wide as it is in practice."""
+    hoisted, cached = (predict(BART.get_default_config(), name, N, M) for name in ("hoisted", "cached"))
+    return 1 - sum(cached[kind] for kind in FLOPS) / sum(hoisted[kind] for kind in FLOPS)
+
+
+FLOPS = "linear_flops", "attention_flops"
+GROWS = spared(512, 16) > spared(64, 16), spared(64, 64) > spared(64, 16)  # with N, with M
 
 
 def joined(past, new):
@@ -166,22 +177,26 @@ TASKS = {
     "once": Task(
         {"cross k", "cross v"},
         wrong=[
-            ({"cross q", "cross k", "cross v"}, "A query is made of what has been written. Is that the same in every call?"),
-            ({"cross q", "cross k", "cross v", "cross out"}, "Two of these four are made of what the decoder has written, "
-                                                             "which is new in every call."),
-            ({"self k", "self v"}, "Those of earlier tokens can be kept, but every new token needs its own. Which linears "
-                                   "never see a new row?"),
-            ({"self k", "self v", "cross k", "cross v"}, "Right for two of them. The other two run in every call, if only "
-                                                         "on the newest token."),
-        ], hint="Answer with a set of their names, as in {'fc', 'proj'}. What does each of them multiply: the source, or what "
-                "has been written?"),
+            ({"cross q", "cross k", "cross v"},
+             "A query is made of what has been written. Is that the same in every call?"),
+            ({"cross q", "cross k", "cross v", "cross out"},
+             "Two of these four are made of what the decoder has written, which is new in every call."),
+            ({"self k", "self v"},
+             "Those of earlier tokens can be kept, but every new token needs its own. Which linears never see a new "
+             "row?"),
+            ({"self k", "self v", "cross k", "cross v"},
+             "Right for two of them. The other two run in every call, if only on the newest token."),
+        ], hint="Answer with a set of names, as in {'fc', 'proj'}. What does each multiply: the source, or what has been "
+                "written?"),
     "rows": Task(
         FOUR,
         wrong=[
-            ([5050, 100, 1024, 1024], "Hoisting moves the encoder out of the loop. Who projects what it returned, and where "
-                                      "does that run?"),
-            ([5050, 100, 102_400, 100], "Cached, a source of 1,024 vectors must be projected once: how many rows is that?"),
-            ([5050, 5050, 102_400, 1024], "The decoder's own keys: one token enters per call, and those before it are stored."),
+            ([5050, 100, 1024, 1024],
+             "Hoisting moves the encoder out of the loop. Who projects what it returned, and where does that run?"),
+            ([5050, 100, 102_400, 100],
+             "Cached, a source of 1,024 vectors must be projected once: how many rows is that?"),
+            ([5050, 5050, 102_400, 1024],
+             "The decoder's own keys: one token enters per call, and those before it are stored."),
             ([100, 100, 102_400, 1024], "Hoisted, the decoder keeps nothing: 1 token enters, then 2, then 3."),
             ([4950, 99, 102_400, 1024], "The start token enters in call 1, so 1 + 2 + .. + M rows, not M - 1."),
             ([5050, 1, 102_400, 1024], "One row in each call. How many calls are there?"),
@@ -196,30 +211,38 @@ TASKS = {
         wrong=[
             (HOISTED - 2 * rows("hoisted", CROSS), "Once is not never: the source is projected, by two linears."),
             (HOISTED - rows("hoisted", CROSS) + rows("cached", CROSS), "Two linears are spared, keys and values."),
-            (CACHED, "This is with both caches. Without the one of self-attention, all of the text enters in every call."),
-            (2 * rows("cached", CROSS) + 2 * rows("hoisted", SELF), "A decoder layer has ten linears: two multiply the source, "
-                                                                    "and the other eight the text."),
+            (CACHED,
+             "This is with both caches. Without the one of self-attention, all of the text enters in every call."),
+            (2 * rows("cached", CROSS) + 2 * rows("hoisted", SELF),
+             "A decoder layer has ten linears: two multiply the source, and the other eight the text."),
             (2 * rows("cached", CROSS) + 6 * rows("hoisted", SELF), "The feed-forward has two linears too."),
         ], hint="Two linears of 1,024 rows, and eight of as many as enter the decoder."),
     "split": Task(
         lambda x: (x[:, :-1], x[:, -1:]), cases=[(some(2, 6, 3),), (some(1, 1, 2),), (some(1, 2, 2),)],
         wrong=[
-            (lambda x: (x[:, :1], x[:, :-1]), "These are the document's two slices. Print them for x = torch.arange(6)[None]: "
-                                              "which of them holds the newest token?"),
-            (lambda x: (x[:, :-1], x[:, -1]), "The right token, but its axis is gone: (B, C), where (B, 1, C) is expected. A "
-                                              "slice keeps an axis, an index removes it."),
-            (lambda x: (x[:, -1:], x[:, :-1]), "The right halves, in the other order: first what is stored, then what is new."),
-            (lambda x: (x[:, :1], x[:, 1:]), "This is the first call's token and the rest. Stored is all but the newest."),
+            (lambda x: (x[:, :1], x[:, :-1]),
+             "These are the document's two slices. Print them for x = torch.arange(6)[None]: which of them holds "
+             "the newest token?"),
+            (lambda x: (x[:, :-1], x[:, -1]),
+             "The right token, but its axis is gone: (B, C), where (B, 1, C) is expected. A slice keeps an axis, an "
+             "index removes it."),
+            (lambda x: (x[:, -1:], x[:, :-1]),
+             "The right halves, in the other order: first what is stored, then what is new."),
+            (lambda x: (x[:, :1], x[:, 1:]),
+             "This is the first call's token and the rest. Stored is all but the newest."),
             (lambda x: (x[:-1], x[-1:]), "This cuts the batch. Positions are the second axis."),
         ]),
     "join": Task(
         joined, cases=[(some(2, 3, 2, 2), 50 + some(2, 3, 2, 2)), (some(1, 2, 5, 4), -some(1, 2, 1, 4))],
         wrong=[
-            (lambda past, new: torch.cat((past, new), dim=1), "This makes more heads. Which axis counts the positions?"),
-            (lambda past, new: torch.cat((past, new), dim=-1), "This makes longer keys. Which axis counts the positions?"),
-            (lambda past, new: torch.cat((new, past), dim=2), "The right axis, the wrong order: the newest stands last."),
-            (lambda past, new: SlipCache(1, 8).join(past, new), "What is new is missing its newest position, which is all "
-                                                                "there is in a decode step."),
+            (lambda past, new: torch.cat((past, new), dim=1),
+             "This makes more heads. Which axis counts the positions?"),
+            (lambda past, new: torch.cat((past, new), dim=-1),
+             "This makes longer keys. Which axis counts the positions?"),
+            (lambda past, new: torch.cat((new, past), dim=2),
+             "The right axis, the wrong order: the newest stands last."),
+            (lambda past, new: SlipCache(1, 8).join(past, new),
+             "What is new is missing its newest position, which is all there is in a decode step."),
             (lambda past, new: new, "What was stored is lost."),
         ], hint="Returned is a new tensor (B, H, S + T, D): first what was stored, then what is new."),
     "copied": Task(
@@ -228,35 +251,54 @@ TASKS = {
             ([100, 4950], "The new tensor holds the newest position too: it is copied with the others."),
             ([100, 10_000], "The tensor is 100 positions long only in the last call."),
             ([5050, 5050], "A buffer that is there already is written only where something is new."),
-            ([1, 100], "One position in each call; and there are 100 calls. What is made in each of them by torch.cat?"),
+            ([1, 100],
+             "One position in each call; and there are 100 calls. What is made in each of them by torch.cat?"),
             ([100, 100], "torch.cat makes a new tensor of both. What is written into it in call 50?"),
         ], hint="Two numbers, static and concatenated: add up over the calls what is written in each."),
     "front": Task(
         ["chunks"],
         wrong=[
-            (["steps", "chunks"], "A single query that sees every key: what does a softmax, and the sum behind it, make of "
-                                  "another order?"),
-            (["steps"], "A single query sees all keys, in any order. A chunk of several needs a mask, and that asks who "
-                        "stands where."),
+            (["steps", "chunks"],
+             "A single query that sees every key: what does a softmax, and the sum behind it, make of another "
+             "order?"),
+            (["steps"],
+             "A single query sees all keys, in any order. A chunk of several needs a mask, and that asks who stands "
+             "where."),
             ([], "Some queries may see only a part of the keys. How do they know which?"),
-        ], hint='Answer with a list: [], ["steps"], ["chunks"] or both.'),
+        ], hint='Answer with a list: [], ["steps"], ["chunks"] or both.',
+        praise="The order of keys is nothing to a sum; only the mask asks where they stand."),
+    "share": Task(
+        {(True, True): "a", (True, False): "b", (False, True): "c", (False, False): "d"}[GROWS],
+        wrong=[
+            ("a", "Right for one of the two. For the other: of what *both* loops do once, what grows along with it?"),
+            ("b", "Think of a text of one token, and then of many: what does the cache save in call 1?"),
+            ("d",
+             "Think of a text of one token, and then of many: what does the cache save in call 1? Or compute it "
+             "with cost.predict."),
+        ], hint="Answer with a letter.",
+        praise="In call 1 the cache saves nothing; and with the source the encoder's work grows, which it never saves."),
     "mended": Task(
         Mended, cases=[(3, 3, False), (1, 5, False), (3, 3, True), (2, 5, True)], run=attention,
         wrong=[
             (NoSuper, "AttributeError: a module is given layers before it is one. Which line does every __init__ of an "
                       "nn.Module begin with?"),
-            (Unassigned, "Built. Now UnboundLocalError: a name is used on the right that this very line assigns. What are the "
-                         "arguments of forward called?"),
-            (Reversed, "All names are known. Now RuntimeError, in a product: of a batch (B, S, C), .T turns all the axes "
-                       "round, the batch among them. Print k.T.shape. Which two axes should change places?"),
-            (Unscaled, "It runs, and the numbers are wrong: the scores grow with the width. By what does attention divide "
-                       "them?"),
-            (Unmasked, "Scaled and right, and then it is called with mask=..., (T, S), True where a query may look. forward "
-                       "needs that argument, None by default, and a use for it."),
+            (Unassigned,
+             "Built. Now UnboundLocalError: a name is used on the right that this very line assigns. What are the "
+             "arguments of forward called?"),
+            (Reversed,
+             "All names are known. Now RuntimeError, in a product: of a batch (B, S, C), .T turns all the axes "
+             "round, the batch among them. Print k.T.shape. Which two axes should change places?"),
+            (Unscaled,
+             "It runs, and the numbers are wrong: the scores grow with the width. By what does attention divide "
+             "them?"),
+            (Unmasked,
+             "Scaled and right, and then it is called with mask=..., (T, S), True where a query may look. forward "
+             "needs that argument, None by default, and a use for it."),
             (UnscaledMasked, "The mask works. By what does attention divide the scores, before the softmax?"),
             (Ignored, "A mask is accepted and not used."),
-            (MaskedTooLate, "The mask comes after the softmax: what is hidden has taken its share already, and the weights no "
-                            "longer sum to 1."),
+            (MaskedTooLate,
+             "The mask comes after the softmax: what is hidden has taken its share already, and the weights no "
+             "longer sum to 1."),
             (Inverted, "The mask is the wrong way round: True means that a query may look."),
         ],
         hint="Four cases: 3 queries and 3 keys; 1 and 5; then 3 and 3, and 2 and 5, with a mask.",
