@@ -186,7 +186,7 @@ TASKS = {
              "row?"),
             ({"self k", "self v", "cross k", "cross v"},
              "Right for two of them. The other two run in every call, if only on the newest token."),
-        ], hint="Answer with a set of names, as in {'fc', 'proj'}. What does each multiply: the source, or what has been "
+        ], hint="Answer with a set of names, as in {'fc', 'proj'}. Does each multiply the source, or what has been "
                 "written?"),
     "rows": Task(
         FOUR,
@@ -276,7 +276,7 @@ TASKS = {
              "Think of a text of one token, and then of many: what does the cache save in call 1? Or compute it "
              "with cost.predict."),
         ], hint="Answer with a letter.",
-        praise="In call 1 the cache saves nothing; and with the source the encoder's work grows, which it never saves."),
+        praise="In call 1 the cache saves nothing; and a longer source is more work for the encoder, which both need."),
     "mended": Task(
         Mended, cases=[(3, 3, False), (1, 5, False), (3, 3, True), (2, 5, True)], run=attention,
         wrong=[
