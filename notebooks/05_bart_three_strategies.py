@@ -103,7 +103,8 @@ check("cached", cached)
 # ## Count from outside
 #
 # `cost.count` hangs hooks on the two stacks and counts the positions that enter their first layers. The loops know
-# nothing of it. If a loop of yours has been accepted, it is yours that runs here.
+# nothing of it. If a loop of yours has been accepted, it is yours that runs here. What the decoder computes to look at
+# the source is not in these numbers, as it is not in the document's: lesson 6 counts it.
 # %%
 texts, costs = {}, {}
 for name in "naive", "hoisted", "cached":
@@ -158,9 +159,9 @@ check("closed_form", closed_form)
 check("convention", convention)
 # %% [markdown]
 # The formulas below are yours once they are right, and every size is counted. The sum in the document runs over its M
-# calls, from m = 1 to M, so M is the number of calls there, and of generated tokens. Its words, "`M =
-# len(output_tokens)`", say one more: the start token is fed, but was not generated, and the last id was generated, but
-# is never fed. We keep the formula, which is right, and read M as *decoder calls*. Whoever reports a count should say
+# calls, from m = 1 to M, so M is the number of calls there, and of generated tokens. Its words, which make M the length
+# of `output_tokens`, say one more: the start token is fed, but was not generated, and the last id was generated, but is
+# never fed. We keep the formula, which is right, and read M as *decoder calls*. Whoever reports a count should say
 # which.
 # %%
 small = little_bart(block_size=64)
@@ -218,10 +219,10 @@ ended = [..., ..., ...]  # naive, hoisted, cached
 check("until_end", until_end)
 check("ended", ended)
 # %% [markdown]
-# This is the document's last loop on our files. It writes `logits, cache = decoder(enc, output_tokens[-1],
-# cache=cache)` with a cache that is `None` at first. In ours the cache is an object, which the loop makes and passes
-# in: `advance` lets enter what `cache.filled` says is not stored yet. `memory` holds what the decoder keeps of the
-# source; lesson 6 is about it. Our random model knows no end, so we declare one of its rarer ids to be it.
+# This is the document's last loop on our files. There the decoder is given the newest id and a cache, which is `None`
+# at first, and returns logits and a cache. In ours the cache is an object, which the loop makes and passes in:
+# `advance` lets enter what `cache.filled` says is not stored yet. `memory` holds what the decoder keeps of the source;
+# lesson 6 is about it. Our random model knows no end, so we declare one of its rarer ids to be it.
 # %%
 end = max(set(texts["naive"]), key=texts["naive"].index)  # the id that appears last for the first time
 memory, cache = project(bart, *encode(bart, source.tolist())), bart.new_cache(batch_size=1, length=1 + M)
@@ -248,8 +249,8 @@ claim(6, "one id enters and logits come back, with a cache that the loop carries
 # ## Which test would notice?
 #
 # In `generate.py` the strategy `hoisted` encodes before its step begins. Suppose somebody encodes in the step *again*,
-# by mistake. We make the change in a copy of the project and run two tests there: `counts`, which counts tokens for N =
-# 1,024 and M = 100, and `tokens`, which compares the texts of all strategies. Which of them fail? Predict, then run.
+# by mistake. We make the change in a copy of the project and run two tests there: `counts`, which counts tokens for the
+# sizes of this page, and `tokens`, which compares the texts of all strategies. Which of them fail? Predict, then run.
 # %%
 wasteful = ...  # a list: [], ["counts"], ["tokens"] or ["counts", "tokens"]
 check("wasteful", wasteful)

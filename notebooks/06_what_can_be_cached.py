@@ -207,9 +207,9 @@ claim(10, "what enters is x[:, :-1]", f"that is a {bug['verdict']}: the newest t
 # ## In front instead of behind
 #
 # Somebody writes `torch.cat((new, past), dim=2)` in `further/concat.py`: the newest keys stand *in front*, and so do
-# the newest values. Two tests are run on a copy of the project: `steps` decodes greedily from one start token, one
-# token per call, and compares with the other strategies; `chunks` lets several tokens enter at a time, and goes back.
-# Which fail?
+# the newest values. Two tests are run on a copy of the project: `steps` decodes greedily, behind the prompt one token
+# per call, and compares with the other strategies; `chunks` lets several tokens enter at a time, and goes back. Which
+# fail?
 # %%
 front = ...  # a list: [], ["steps"], ["chunks"] or ["steps", "chunks"]
 check("front", front)
@@ -325,7 +325,7 @@ share = ...  # "a", "b", "c" or "d"
 check("share", share)
 # %% [markdown]
 # Now both, on a BART of two and two layers, 256 wide, with random weights. The times are not graded: they belong to the
-# machine and to its mood.
+# machine, and to what else it does.
 # %%
 middle = little_bart(n_encoder_layer=2, n_decoder_layer=2, n_head=4, n_embd=256, vocab_size=2000)
 flops = lambda name, n, m: sum(predict(middle.config, name, n, m)[kind] for kind in ("linear_flops", "attention_flops"))

@@ -43,6 +43,13 @@ def mistaken(encode_each_time=False, feed=lambda ids: ids, place=lambda ids: Non
     return write
 
 
+def everywhere(bart, source, M):
+    ids = [bart.config.start_id]
+    for _ in range(M):
+        ids.append(bart.decode(torch.tensor([ids]), bart.encode(source)).argmax().item())
+    return ids[1:]
+
+
 newest = lambda ids: ids[-1:]
 behind = lambda ids: len(ids) - 1
 CASES = [(12, 9), (5, 14)]
@@ -108,6 +115,9 @@ TASKS = {
             (mistaken(True, last=0),
              "The counts are right and the ids are not. Logits come for every position: which of them has seen the "
              "whole text?"),
+            (everywhere,
+             "An IndexError: an id that is in no vocabulary. argmax() over all positions counts through all of them: "
+             "take the last position first."),
             (mistaken(True, feed=newest),
              "The decoder was given the newest token alone. It has no memory yet: what it is not given, it does not "
              "know."),
@@ -137,6 +147,9 @@ TASKS = {
              "The counts are right and the ids are not: every token began a text of its own. Was a cache asked for, "
              "and how many tokens stand before the newest?"),
             (mistaken(True, feed=newest, place=behind), "The ids are right, and the encoder is back in the loop."),
+            (mistaken(feed=newest, place=len),
+             "A ValueError, for which there are two usual reasons. In call 1 nothing precedes the start token: what is "
+             "start_pos then? And the target is (1, T), a list in a list."),
             (mistaken(feed=lambda ids: ids[:1], place=behind),
              "The counts are right and the ids are not: which token has the decoder not seen yet, the first or the "
              "last?"),

@@ -85,8 +85,9 @@ class Unassigned(Mended):
 
 
 class Reversed(Mended):
-    def attend(self, q, k, v, mask):
-        return (q[:, 0] @ k[:, 0].permute(2, 1, 0)).softmax(-1) @ v[:, 0]  # what .T does, which warns
+    def forward(self, query, key, value):
+        q, k, v = self.to_q(query), self.to_k(key), self.to_v(value)
+        return self.out((q @ k.permute(2, 1, 0)).softmax(-1) @ v)  # what .T does, which warns
 
 
 class Unscaled(Mended):
