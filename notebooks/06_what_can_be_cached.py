@@ -141,8 +141,8 @@ for cache in None, bart.new_cache(batch_size=1, length=1 + M):
     places = []
     with count(bart) as cost, hooks(watch(bart, note)):
         decode(cache)
-    rows = rows_through(cost.linear_rows, "decoder.")
-    print(f"with a cache of self-attention: {cache is not None!s:5}  rows of the decoder layer: {rows:,}")
+    passed = rows_through(cost.linear_rows, "decoder.")
+    print(f"with a cache of self-attention: {cache is not None!s:5}  rows of the decoder layer: {passed:,}")
 calls = [sum(name.endswith("cross.c_kv") for _, _, name, *_ in each.products) for each in (costs["hoisted"], cost)]
 print()
 claim(9, "keys and values of the source can be cached whole",
@@ -346,12 +346,13 @@ for B, n, m in (1, 64, 16), (1, 256, 16), (1, 64, 48), (1, 256, 48), (4, 64, 16)
 claim(12, "caching takes off about 40 % of the time", f"{min(saved):.0%} to {max(saved):.0%} for these sizes",
       all(0.35 <= share <= 0.45 for share in saved))
 # %% [markdown]
-# So no single figure can be right. The share grows with M: hoisted, the text enters again and again. It does not grow
-# with N: the source is projected in every call, but the encoder, which both loops run once, grows as well. And work is
-# not time: every call also has a price for starting its operations, and both loops start nearly as many. A CPU that is
-# busy multiplying saves much: BART-base, N = 1,024, M = 100, on 2 cores 77 %. A GPU that mostly waits for the next
-# start saves little: the same on an H200 15 %, BART-large 23 % (all three in `RESULTS.md`). The document's 40 % was one
-# measurement more, of a model, lengths and machine that it does not name. What carries over is the count.
+# So no single figure can be right. The share of the work grows with M: hoisted, the text enters again and again. It
+# does not grow with N: the source is projected in every call, but the encoder, which both loops run once, grows as
+# well. And work is not time: every call also has a price for starting its operations, and both loops start nearly as
+# many. A CPU that is busy multiplying saves much: BART-base, N = 1,024, M = 100, on 2 cores 77 %. A GPU that mostly
+# waits for the next start saves little: the same on an H200 15 %, BART-large 23 % (all three in `RESULTS.md`). The
+# document's 40 % was one measurement more, of a model, lengths and machine that it does not name. What carries over is
+# the count.
 # %%
 score()
 # %% [markdown]

@@ -16,7 +16,7 @@ def speaks(file, old, new, tests):
     """
     Puts new in the place of old in a copy of a file of the project, and runs tests there ("tests/test_x.py::test_y").
     Returns the names of those that fail, in order. The project itself stays as it is.
-    Raises ValueError if old is not in the file exactly once, or no test ran: what changes nothing shows nothing.
+    Raises ValueError if old is not in the file exactly once, or no test ran: a change that changes nothing shows nothing.
     """
     with tempfile.TemporaryDirectory() as folder:
         for part in PARTS:
@@ -29,8 +29,7 @@ def speaks(file, old, new, tests):
         if source.count(old) != 1:
             raise ValueError(f"{old!r} is {source.count(old)} times in {file}: choose words that are there once")
         target.write_text(source.replace(old, new), encoding="utf-8")
-        command = [sys.executable, "-m", "pytest", "-q", "--tb=no", "-rfE", "-p", "no:cacheprovider",
-                   "--color=no", *tests]
+        command = [sys.executable, "-m", "pytest", "-q", "--tb=no", "-rfE", "--color=no", "-p", "no:cacheprovider", *tests]
         result = subprocess.run(command, cwd=folder, env={**os.environ, "PYTHONPATH": folder}, text=True,
                                 capture_output=True)
     if result.returncode not in (0, 1):  # neither passed nor failed: no such test, or the file no longer compiles
