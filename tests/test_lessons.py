@@ -94,6 +94,7 @@ def test_a_number_is_right_in_whatever_form_it_comes():
     for right in 107_450, 107_450.0, "107,450", " 107450 ", torch.tensor(107_450), torch.tensor([[107_450]]).numpy()[0, 0]:
         assert grade(task, right) == ("right", "")
     assert grade(task, "106,326") == ("not right", "the first token is no call")
+    assert grade(Task({(None, "fc")}), [(None, "fc")]) == ("right", "")
 
 
 def test_a_function_is_judged_by_what_it_returns_on_cases_of_its_own():
