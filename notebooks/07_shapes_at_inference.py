@@ -191,7 +191,7 @@ plt.show()
 # %% [markdown]
 # One line rises by one key at a time, and three do not move. It crosses the cross-attention where the target is as long
 # as the source, and `c_attn` at 3/2 C. In BART-base, C = 768, that is 1,152: more than its 1,024 positions. There the
-# growing products never cost as much as one linear does. (They may still cost more **time**: lesson 8 says why.)
+# growing products never cost as much as `c_attn` does. (They may still take more **time**: lesson 8 says why.)
 #
 # ## The first call
 #

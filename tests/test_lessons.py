@@ -4,6 +4,7 @@ import importlib
 import json
 import re
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -131,6 +132,16 @@ def test_check_prints_and_accepted_is_yours_once_it_is_right(capsys):
     assert capsys.readouterr().out.startswith(f"1 of {len(TASKS[number])} right\n")
     claim(1, "one", "two", False)
     assert capsys.readouterr().out == "Claim 1: one\n    here: two\n    It does not hold here.\n"
+
+
+def test_the_page_goes_on_with_your_function_and_with_a_value_in_its_plain_form(monkeypatch):
+    tasks = {"number": Task(107_450), "function": Task(len, cases=[([1, 2],)])}
+    monkeypatch.setitem(sys.modules, "course.tasks99", SimpleNamespace(TASKS=tasks))
+    check, accepted, _, _ = lesson(99)
+    mine = lambda x: sum(1 for _ in x)
+    check("number", "107,450")
+    check("function", mine)
+    assert accepted("number") + 1 == 107_451 and accepted("function") is mine
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)

@@ -78,7 +78,8 @@ def lesson(number):
             print(f"This lesson has no exercise {str(name)!r:.60}" + (f": did you mean {near[0]!r}?" if near else "."))
             return
         state[name], words = grade(tasks[name], answer)
-        answers[name] = answer if state[name] == "right" else tasks[name].right
+        own = state[name] == "right" and tasks[name].cases is not None  # a right value may be "107,450": ours is plain
+        answers[name] = answer if own else tasks[name].right
         print(f"{name}: {state[name]}" + (f". {words}" if words else "."))
 
     def score():
