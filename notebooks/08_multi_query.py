@@ -42,8 +42,10 @@ grouped, multi_query = replace(gpt2, n_kv_head=4), replace(gpt2, n_kv_head=1)
 # %% [markdown]
 # ## What is shared
 #
-# `n_kv_head` says how many heads of keys and values there are. The queries keep their `n_head` heads, so each key head
-# serves `n_head / n_kv_head` of them. One matrix, `c_attn`, makes queries, keys and values at once.
+# `n_kv_head` says how many heads of keys and values there are (the Turing Institute's minGPT, whose notebook is lesson
+# 4, calls it `n_kv_heads`). With as many as `n_head` this is ordinary multi-head attention. The queries keep their
+# `n_head` heads, so each key head serves `n_head / n_kv_head` of them. One matrix, `c_attn`, makes queries, keys and
+# values at once.
 #
 # How many columns does its product have in GPT-2's shape, with `n_kv_head` 12, 4 and 1?
 #
@@ -342,7 +344,7 @@ claim(51, "training is parallel over the length, decoding is slow",
       f"prefill {prefill / decode:.0f} times the tokens a second", measured[2] > measured[0] and prefill > 2 * decode)
 for B in 1, 128:
     weights, cache = step_reads(gpt2, B)
-    claim(51, f"decoding is slow because keys and values are loaded again and again (GPT-2, 1,024 positions, {B} rows)",
+    claim(51, f"decoding is slow because keys and values are loaded again and again (GPT-2, 1,024 positions, B = {B})",
           f"keys and values are {cache / (weights + cache):.0%} of the bytes that a step reads", cache > weights)
 
 # %% [markdown]

@@ -96,6 +96,7 @@ def test_a_number_is_right_in_whatever_form_it_comes():
         assert grade(task, right) == ("right", "")
     assert grade(task, "106,326") == ("not right", "the first token is no call")
     assert grade(Task({(None, "fc")}), [(None, "fc")]) == ("right", "")
+    assert grade(Task(dict(q=1, k=(4, 8))), dict(q=1, k=(5, 8))) == ("not right", "k: It is not 5.0.")
 
 
 def test_a_function_is_judged_by_what_it_returns_on_cases_of_its_own():

@@ -22,7 +22,7 @@ import math
 import numbers
 import traceback
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -195,7 +195,10 @@ def difference(mine, theirs, close):
     if isinstance(theirs, list):
         if len(mine) != len(theirs):
             return f"There are {len(mine)} of them, and not the right number."
-        return next(filter(None, map(partial(difference, close=close), mine, theirs)), "")
+        for own, right in zip(mine, theirs):
+            if words := difference(own, right, close):
+                return f"{key(own)}: {words}" if key(own) and key(own) == key(right) else words
+        return ""
     if isinstance(theirs, float):
         same = math.isclose(mine, theirs, rel_tol=close, abs_tol=close) or (math.isnan(mine) and math.isnan(theirs))
     else:
@@ -220,6 +223,11 @@ def explain(task, mine):
     for i, (own, right) in enumerate(zip(mine, task.expected)):
         if words := difference(own, right, task.close):
             return words if len(task.expected) == 1 or isinstance(own, Failed) else f"On case {i + 1}: {words}"
+
+
+def key(entry):
+    """Of an entry of a dict, as tidy() has them, the key, if it is a word."""
+    return entry[0] if isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str) else None
 
 
 def kind(thing):
