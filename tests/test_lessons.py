@@ -4,6 +4,7 @@ import importlib
 import json
 import re
 import sys
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -95,6 +96,8 @@ def test_a_number_is_right_in_whatever_form_it_comes():
     for right in 107_450, 107_450.0, "107,450", " 107450 ", torch.tensor(107_450), torch.tensor([[107_450]]).numpy()[0, 0]:
         assert grade(task, right) == ("right", "")
     assert grade(task, "106,326") == ("not right", "the first token is no call")
+    assert grade(Task({(None, "fc")}), [(None, "fc")]) == ("right", "")
+    assert grade(Task(dict(q=1, k=(4, 8))), dict(q=1, k=(5, 8))) == ("not right", "k: It is not 5.0.")
 
 
 def test_a_function_is_judged_by_what_it_returns_on_cases_of_its_own():
@@ -131,6 +134,16 @@ def test_check_prints_and_accepted_is_yours_once_it_is_right(capsys):
     assert capsys.readouterr().out.startswith(f"1 of {len(TASKS[number])} right\n")
     claim(1, "one", "two", False)
     assert capsys.readouterr().out == "Claim 1: one\n    here: two\n    It does not hold here.\n"
+
+
+def test_the_page_goes_on_with_your_function_and_with_a_value_in_its_plain_form(monkeypatch):
+    tasks = {"number": Task(107_450), "function": Task(len, cases=[([1, 2],)])}
+    monkeypatch.setitem(sys.modules, "course.tasks99", SimpleNamespace(TASKS=tasks))
+    check, accepted, _, _ = lesson(99)
+    mine = lambda x: sum(1 for _ in x)
+    check("number", "107,450")
+    check("function", mine)
+    assert accepted("number") + 1 == 107_451 and accepted("function") is mine
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
