@@ -106,11 +106,12 @@ plt.show()
 # %% [markdown]
 # ## How many pairs
 #
-# The fixed pattern with l = sqrt(n) and c = 1 can be counted with a pencil. Within the blocks there are n/l triangles of
-# side l. And each query sees one column for every block before its own. What does that make for n = 1,024, l = 32?
+# The fixed pattern with l = sqrt(n) and c = 1 can be counted with a pencil. Within the blocks there are n/l triangles
+# of side l. And each query sees one column for every block before its own. What does that make for n = 1,024, l = 32?
 #
-# The next cell counts it. The blog post says that time and memory "no longer grow quadratically" but as O(n sqrt(n)). On
-# logarithmic axes a power of n is a straight line, and its slope is the power. No stopwatch is needed: we fit the counts.
+# The next cell counts it. The blog post says that time and memory "no longer grow quadratically" but as O(n sqrt(n)).
+# On logarithmic axes a power of n is a straight line, and its slope is the power. No stopwatch is needed: we fit the
+# counts.
 
 # %%
 fixed_pairs = ...
@@ -149,8 +150,8 @@ ax.legend(frameon=False, fontsize=9)
 plt.show()
 
 # %% [markdown]
-# **Explain this plot.** The dotted line is the strided pattern too, but its stride stays 8 while the text grows. It begins
-# where the solid one begins, and climbs faster. What will its slope be in the long run?
+# **Explain this plot.** The dotted line is the strided pattern too, but its stride stays 8 while the text grows. It
+# begins where the solid one begins, and climbs faster. What will its slope be in the long run?
 #
 # - **a** 1.5: the stride is a constant, and constants do not count in O(...).
 # - **b** 1: each position has a window of 8 keys, and that is what grows with the text.
@@ -213,10 +214,10 @@ claim(46, "two factorised hops reach every causal pair (the paper)",
 #
 # ## Learned patterns?
 #
-# The post says that the authors present "fixed and learned attention patterns", the latter chosen from the input. It
-# is a natural reading of the title, but the paper's two patterns are called *strided* and *fixed*, and both are static:
-# which pairs they allow is known before any text is. We can ask the computation itself. With unit vectors as values, the
-# output of attention *is* its weights. So we run each pattern on two different texts, and compare who saw whom.
+# The post says that the authors present "fixed and learned attention patterns", the latter chosen from the input. It is
+# a natural reading of the title, but the paper's two patterns are called *strided* and *fixed*, and both are static:
+# which pairs they allow is known before any text is. We can ask the computation itself. With unit vectors as values,
+# the output of attention *is* its weights. So we run each pattern on two different texts, and compare who saw whom.
 #
 # For contrast there is `TopK`, which is not from this paper. It sees its own block, and the earlier blocks whose last
 # keys match the query best, so what it sees depends on the content.
@@ -233,10 +234,11 @@ texts = [[torch.randn(1, 1, n, 16, dtype=torch.float64) for _ in "qk"] for _ in 
 changed = {}
 for pattern in Fixed(l, 1), Strided(l), TopK(l, 2):
     one, other = (seen(pattern, *text) for text in texts)
-    changed[type(pattern).__name__] = (one != other).sum().item()
-    print(f"{type(pattern).__name__:8} {one.sum():5} pairs, of which another text changes {changed[type(pattern).__name__]}")
+    name = type(pattern).__name__
+    changed[name] = (one != other).sum().item()
+    print(f"{name:8} {one.sum():5} pairs in one text; in {changed[name]} places another text has other pairs")
 claim(47, "the patterns are fixed ones, and ones that are learned from the input",
-      f"another text changes {changed['Fixed']} pairs of fixed and {changed['Strided']} of strided",
+      f"another text changes {changed['Fixed']} pairs of fixed and {changed['Strided']} of strided: both are static",
       changed["Fixed"] + changed["Strided"] > 0)
 
 # %% [markdown]
@@ -286,17 +288,17 @@ gaps.append((accepted("blocks")(q, k, v, l) - Block(l)(q, k, v, pos, pos)).abs()
 assert max(gaps) < 1e-10
 
 # %% [markdown]
-# Each computation takes about twice the pairs of its mask, the other half of its squares, and not the square of the whole
-# text. That is where the n sqrt(n) of the paper becomes time. (In one layer there are also the projections, which cost
-# n C^2 whatever the pattern: for short texts they are most of it, and sparse attention changes little.)
+# Each computation takes about twice the pairs of its mask, the other half of its squares, and not the square of the
+# whole text. That is where the n sqrt(n) of the paper becomes time. (In one layer there are also the projections, which
+# cost n C^2 whatever the pattern: for short texts they are most of it, and sparse attention changes little.)
 #
 # ## What a decode step must keep
 #
 # A decode step has one query. What it reads is one row of the mask, at most 2l - 1 keys for fixed and strided. What the
 # KV cache must *keep* is another question: a key may go only when no later query can see it.
 #
-# Write that down. `allowed` is the mask (n, n) of a pattern, and the keys of positions 0 to t have been stored. How many
-# of them does query t, or one after it, still see?
+# Write that down. `allowed` is the mask (n, n) of a pattern, and the keys of positions 0 to t have been stored. How
+# many of them does query t, or one after it, still see?
 #
 # With that, predict for n = 4,096 and w = l = 64, c = 1 how many slots a row of the cache needs for *full*, *local*,
 # *strided* and *fixed*, in this order. (Two positions share a slot if the older one is never needed again.)
@@ -320,7 +322,8 @@ def longest_need(pattern, n):
 n, l = 4096, 64
 config = GPTConfig(n_head=1, n_embd=8, block_size=n, max_batch_size=1, attn_pdrop=0.0)
 x = torch.randn(1, n, 8)
-print("           n = 256, l = 16      n = 4,096, l = 64\n           must keep   slots    slots   read by the last step")
+print("           n = 256, l = 16      n = 4,096, l = 64")
+print("           must keep   slots    slots   read by the last step")
 for cls, *rest in (Causal,), (Local,), (Strided,), (Fixed, 1):
     make = lambda l: cls(0.0) if cls is Causal else cls(l, *rest)
     layer = CausalSelfAttention(config, pattern=lambda p: make(l)).eval()
@@ -341,8 +344,8 @@ for cls, *rest in (Causal,), (Local,), (Strided,), (Fixed, 1):
 # text at once is computed right, nothing is stored there. A text that is decoded, one token at a time from position 0
 # on: at which position is the output wrong for the first time?
 #
-# Nothing crashes, and the texts look plausible: only a comparison finds such a mistake. **Change this file and see which
-# test speaks.** We make that very change in a copy of `sparse.py`, and run four of its tests. Which of them fail?
+# Nothing crashes, and the texts look plausible: only a comparison finds such a mistake. **Change this file and see
+# which test speaks.** We make that very change in a copy of `sparse.py`, and run four of its tests. Which of them fail?
 #
 # - **a** `test_a_fold_is_its_predicate_values_and_gradients`: whole texts, fold against mask
 # - **b** `test_the_entries_are_n_sqrt_n`: counts the predicates
@@ -376,8 +379,8 @@ assert wrong[0] == accepted("first_wrong")
 
 tests = {"a": "test_a_fold_is_its_predicate_values_and_gradients", "b": "test_the_entries_are_n_sqrt_n",
          "c": "test_a_cache_keeps_what_can_still_be_seen", "d": "test_a_layer_with_a_window_goes_on_beyond_its_buffer"}
-failed = speaks("sparse.py", "[Ring(size, self.window, self.sinks) if", "[Ring(size - 1, self.window - 1, self.sinks) if",
-                [f"tests/test_sparse.py::{name}" for name in tests.values()])
+old, new = "[Ring(size, self.window, self.sinks) if", "[Ring(size - 1, self.window - 1, self.sinks) if"
+failed = speaks("sparse.py", old, new, [f"tests/test_sparse.py::{name}" for name in tests.values()])
 print("it speaks:", *failed, sep="\n  ")
 assert set(failed) == {tests[letter] for letter in accepted("speaks")}
 
@@ -433,8 +436,8 @@ score()
 #
 # <details><summary>Answer</summary>
 #
-# After a rewind to 18 the next query stands at 18 and sees positions 11 to 18. The ring holds the newest 8, 12 to 19: 11
-# has been overwritten. A query at 19 sees 12 to 19, which are there, or about to be written. What has been evicted
+# After a rewind to 18 the next query stands at 18 and sees positions 11 to 18. The ring holds the newest 8, 12 to 19:
+# 11 has been overwritten. A query at 19 sees 12 to 19, which are there, or about to be written. What has been evicted
 # cannot be had back, so the cache refuses by name (`remembers()` in evict.py) where the alternative is a wrong text.
 #
 # </details>

@@ -227,7 +227,9 @@ def kind(thing):
 
 
 def show(thing):
-    return f"a tensor of shape {tuple(thing.shape)}" if isinstance(thing, torch.Tensor) else f"{thing!r:.60}"
+    if isinstance(thing, torch.Tensor):
+        return f"a tensor of shape {tuple(thing.shape)}"
+    return f"{' '.join(repr(thing).split()):.60}"  # in one line, whatever it holds
 
 
 def first_line(error):
