@@ -288,9 +288,9 @@ gaps.append((accepted("blocks")(q, k, v, l) - Block(l)(q, k, v, pos, pos)).abs()
 assert max(gaps) < 1e-10
 
 # %% [markdown]
-# Each computation takes about twice the pairs of its mask, the other half of its squares, and not the square of the
-# whole text. That is where the n sqrt(n) of the paper becomes time. (In one layer there are also the projections, which
-# cost n C^2 whatever the pattern: for short texts they are most of it, and sparse attention changes little.)
+# Each computation does about twice the pairs of its mask, because it works in squares where the mask has triangles, and
+# not the n^2 of the masked form. So the n sqrt(n) of the paper becomes time. (A layer also has projections, which cost
+# n C^2 whatever the pattern: for short texts they are most of it, and sparse attention changes little.)
 #
 # ## What a decode step must keep
 #
@@ -324,19 +324,26 @@ config = GPTConfig(n_head=1, n_embd=8, block_size=n, max_batch_size=1, attn_pdro
 x = torch.randn(1, n, 8)
 print("           n = 256, l = 16      n = 4,096, l = 64")
 print("           must keep   slots    slots   read by the last step")
+kept = []
 for cls, *rest in (Causal,), (Local,), (Strided,), (Fixed, 1):
     make = lambda l: cls(0.0) if cls is Causal else cls(l, *rest)
     layer = CausalSelfAttention(config, pattern=lambda p: make(l)).eval()
     layer(x[:, :-1], use_kv_cache=True)  # prefill
     with Scores() as step:
         layer(x[:, -1:], use_kv_cache=True, start_pos=n - 1)
-    print(f"{cls.__name__:8} {longest_need(make(16), 256):11,} {make(16).slots(256)[0].size:7,} "
-          f"{layer.cache_k.size(2):8,} {step.total:8,}")
+    kept.append(layer.cache_k.size(2))
+    print(f"{cls.__name__:8} {longest_need(make(16), 256):11,} {make(16).slots(256)[0].size:7,} {kept[-1]:8,} "
+          f"{step.total:8,}")
+assert kept == list(accepted("slots"))
 
 # %% [markdown]
-# Strided reads as little as fixed, yet it must keep (nearly) everything: each position is due again every l steps.
-# The fixed pattern keeps the columns and one block, 2l - 1 slots. `Ring` and `Summaries` in evict.py are these two
-# arrangements: position p of a window goes into slot p modulo w.
+# Strided reads as little as fixed, yet it must keep nearly everything: each position is due again every l steps. The
+# fixed pattern keeps the columns and one block, 2l - 1 slots. So the "memory" of the post is that of training, where it
+# is the pairs that are kept for the backward pass. In decoding it is the cache, and there only one of the two patterns
+# is small.
+#
+# In evict.py `Ring` serves the window, whose position p goes into slot p modulo w, and `Summaries` the fixed pattern:
+# the columns stay in front, and blocks take turns in the slots behind them.
 #
 # ## A window that forgets too early
 #

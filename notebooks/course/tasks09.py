@@ -157,7 +157,7 @@ TASKS = {
         praise="A strided step reads as little as a fixed one, but only fixed can forget."),
     "first_wrong": Task(
         7,
-        wrong=[(8, "Positions count from 0, and the window of 8 is full before that: what does query 7 see?"),
+        wrong=[(8, "Positions count from 0. How many does a query see at first, before its window is full?"),
                (6, "Query 6 sees positions 0 to 6. How many are these?"),
                (0, "With few positions stored nothing has been overwritten yet."),
                (15, "The window need not be overwritten twice: one missing key is enough.")],

@@ -171,8 +171,7 @@ TASKS = {
                (never_doubled, "The distance to the partner must double from round to round."),
                (shrinking, "In each round, the first `step` positions have no partner: they stay, in front."),
                (lambda combine, a, b: scan(combine, a, b).cumsum(0), "What you sum up is complete already.")],
-        hint="One round: later = combine((a[:-step], b[:-step]), (a[step:], b[step:])), behind the first `step` "
-             "pairs."),
+        hint="In a round all pairs from `step` on are combined with those `step` before them; the first ones stay."),
     "scannable": Task(
         {"a", "c"},
         wrong=[({"c"}, "One more. It is not linear, but two of its steps make one step of the same kind."),
