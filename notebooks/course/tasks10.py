@@ -216,7 +216,9 @@ TASKS = {
         wrong=[("a", "The chain is counted from what autograd recorded, not estimated."),
                ("c", "A softmax of a row needs one sum, itself a scan of little depth, and rows are independent."),
                ("d", "The weights are the same matrices for every length.")],
-        hint="Answer with a letter, such as \"a\"."),
+        hint="Answer with a letter, such as \"a\".",
+        praise="On one core work decides, and the loop may win. Where there are thousands of units, the short chain "
+        "does."),
     "calls": Task(
         (1, STEPS, STEPS, STEPS),
         wrong=[((1, STEPS, STEPS, STEPS * (STEPS + 1) // 2), "That is decoding without a cache. Here only new tokens "
