@@ -220,8 +220,8 @@ claim(46, "two factorised hops reach every causal pair (the paper)",
 # the output of attention *is* its weights. So we run each pattern on two different texts, and compare who saw whom.
 #
 # For contrast there is `TopK`, which is not from this paper. It sees its own block, and the earlier blocks whose last
-# keys match the query best, so what it sees depends on the content.
-# Early forms of such attention are those of Kitaev et al. (2020, Reformer) and Roy et al. (2021, Routing Transformer).
+# keys match the query best, so what it sees depends on the content. Early forms of such attention are those of Kitaev
+# et al. (2020, Reformer) and Roy et al. (2021, Routing Transformer).
 
 # %%
 def seen(pattern, q, k):
@@ -338,9 +338,9 @@ assert kept == list(accepted("slots"))
 
 # %% [markdown]
 # Strided reads as little as fixed, yet it must keep nearly everything: each position is due again every l steps. The
-# fixed pattern keeps the columns and one block, 2l - 1 slots. So the "memory" of the post is that of training, where it
-# is the pairs that are kept for the backward pass. In decoding it is the cache, and there only one of the two patterns
-# is small.
+# fixed pattern keeps the columns and one block, 2l - 1 slots. So the "memory" of the post is that of training, where
+# attention, written out, keeps all its pairs for the backward pass. In decoding it is the cache, and there only one of
+# the two patterns is small.
 #
 # In evict.py `Ring` serves the window, whose position p goes into slot p modulo w, and `Summaries` the fixed pattern:
 # the columns stay in front, and blocks take turns in the slots behind them.
