@@ -114,6 +114,7 @@ def test_a_function_is_judged_by_what_it_returns_on_cases_of_its_own():
     assert "return it instead" in grade(task, prints)[1]
     assert "returns nothing" in grade(task, lambda x: None)[1]
     assert "raised AttributeError" in grade(task, stumbles)[1] and "(at: return args[0]" in grade(task, stumbles)[1]
+    assert "raised NotImplementedError" in grade(task, lambda x: (x > 0) @ (x > 0).T)[1]  # PyTorch: not for booleans
     assert "without calling it" in grade(task, 3)[1]
     assert "call it" in grade(Task(3), lambda: 3)[1]
 
