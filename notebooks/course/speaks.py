@@ -29,7 +29,7 @@ def speaks(file, old, new, tests):
         if source.count(old) != 1:
             raise ValueError(f"{old!r} is {source.count(old)} times in {file}: choose words that are there once")
         target.write_text(source.replace(old, new), encoding="utf-8")
-        command = [sys.executable, "-m", "pytest", "-q", "--tb=no", "-rfE", "-p", "no:cacheprovider", *tests]
+        command = [sys.executable, "-m", "pytest", "-q", "--tb=no", "-rfE", "--color=no", "-p", "no:cacheprovider", *tests]
         result = subprocess.run(command, cwd=folder, env={**os.environ, "PYTHONPATH": folder}, text=True,
                                 capture_output=True)
     if result.returncode not in (0, 1):  # neither passed nor failed: no such test, or the file no longer compiles

@@ -240,3 +240,72 @@ for number, exhibit in enumerate(EXHIBITS, 1):
         exhibit.line.strip(), read=mending(exhibit),
         wrong=[(exhibit.wrong, "That is the line that is there."), *LINES[exhibit.cause]],
         praise="The project does again what it should.")
+
+# -----------------------------------------------------------------------------
+# Tests
+
+
+def unseen():
+    """How many exhibits leave every letter of their scene as it should be."""
+    n = 0
+    for exhibit in EXHIBITS:
+        with broken(exhibit):
+            n += SCENES[exhibit.scene].write() == SCENES[exhibit.scene].right
+    return n
+
+
+def enter(model, rows, widths):
+    """The logits (B, T, V) of rows that enter chunk by chunk, through the model's own cache."""
+    ends = torch.tensor(widths).cumsum(0).tolist()
+    return torch.cat([model(rows[:, end - n : end], use_kv_cache=True, start_pos=end - n) for n, end in zip(widths, ends)], 1)
+
+
+def notices(model, rows, widths):
+    return not torch.allclose(enter(model, rows, widths), model(rows))
+
+
+def in_a_broken_project(answer, cause, widths):
+    model = SCENES["plain"].truth[0]
+    model.clear_kv_cache()
+    rows = torch.tensor([[19, 7, 4, 2, 0, 19, 18, 0], [3, 14, 6, 18, 4, 0, 19, 18], [8, 5, 19, 7, 4, 17, 4, 8]])
+    exhibit = next((each for each in EXHIBITS if each.cause == cause), None)
+    with broken(exhibit) if exhibit else contextlib.nullcontext():
+        return answer(model, rows, widths)
+
+
+ONES = [1] * 8
+TASKS |= {
+    "unseen": Task(unseen(), wrong=[
+        (0, "A model with random weights is not sensitive everywhere: some wrong logits have the right maximum."),
+        (len(EXHIBITS), "Then nobody would ever have found them. Most texts do change, from some letter on.")],
+        hint="Count the exhibits in which every row is \"the same\", once you have seen all of them.",
+        praise="A test that looks at the text alone would pass with these."),
+    "failures": Task(len(EXHIBITS), wrong=[
+        (len(EXHIBITS) ** 2, "That is every probe for every exhibit: a probe asks for one promise, and most stay kept."),
+        (0, "Then no probe would notice anything.")],
+        hint="A probe fails for one exhibit and for no other. How many are there?",
+        praise="A test that fails for one reason alone also says what is broken."),
+    "notices": Task(
+        notices, run=in_a_broken_project,
+        cases=[(None, [8]), (None, [3, 1, 4]), (None, ONES), ("top-left", [4, 4]), ("no-mask", [2, 6]), ("own-future", [5, 3]),
+               ("off-by-one", ONES), ("first-row-only", [3, 1, 4]), ("heads-regrouped", [7, 1])],
+        wrong=[
+            (lambda model, rows, widths: not torch.equal(enter(model, rows, widths), model(rows)),
+             "A false alarm: chunks round otherwise than the whole, so sound code is not equal to the last bit."),
+            (lambda model, rows, widths: not torch.allclose(enter(model, rows[:1], widths), model(rows[:1])),
+             "With a batch of one, nothing is learned about the second row."),
+            (lambda model, rows, widths: not torch.allclose(enter(model, rows, [8]), model(rows)),
+             "Everything enters at once: a cache that nothing is read from is never wrong."),
+            (lambda model, rows, widths: not torch.allclose(enter(model, rows, ONES), model(rows)),
+             "One letter at a time: a chunk behind a prefix is never tried."),
+            (lambda model, rows, widths: torch.allclose(enter(model, rows, widths), model(rows)),
+             "The other way round: True means that something is wrong.")],
+        hint="Compare the logits of all rows and all positions, with a tolerance.",
+        praise="Sound code passes, and six exhibits do not."),
+    "speaks": Task({"c", "d"}, wrong=[
+        ({"a", "b", "c", "d"}, "Some of these never let a chunk enter behind a prefix, and their rows are all alike."),
+        ({"c"}, "Rows at different positions need that line for every step, even for a single token."),
+        ({"b", "c", "d"}, "Single steps of rows that are alike never reach that line: they return further up.")],
+        hint="Which of them reach the last line of Causal.forward, and which leave it further up?",
+        praise="A test speaks only where it reaches the line."),
+}
