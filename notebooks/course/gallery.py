@@ -245,7 +245,7 @@ SCENES = {
     "draft": Scene("two drafted letters were wrong, and are rewound", partial(behind, a_draft), "speculate"),
     "samples": Scene("two prompts entered, and each becomes two rows", partial(behind, samples), "first first other other"),
     "fork": Scene("a fork of the cache goes its own way", partial(behind, a_fork), "twoways another"),
-    "full": Scene("the text is two letters too long for its cache", partial(behind, little_room), "overflow", 6),
+    "full": Scene("the text is two letters too long for its cache", partial(behind, little_room), "fulltext", 6),
     "window": Scene("layer 0 sees everything, layer 1 the newest 8 positions", cached, "window",
                     pattern=["full", "local:8"]),
     "source": Scene("the model has summarised another source before", second_source, "article", kind="bart"),

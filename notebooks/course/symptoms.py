@@ -126,9 +126,9 @@ def weights(scene, name, call, row, queries):
 def draw(number, label, positions, expected, found):
     """Both maps; fourth roots, so that only what is not seen at all is white."""
     width = max(expected.size(1), found.size(1))
-    fig, axes = plt.subplots(1, 2, figsize=(6, 1.8), sharey=True, layout="constrained")
+    fig, axes = plt.subplots(1, 2, figsize=(6, 1.6), sharey=True, layout="constrained")
     for ax, x, title in zip(axes, (expected, found), (f"{label}, right", f"{label}, exhibit {number}")):
-        ax.imshow(x**0.25, cmap="Greys", vmin=0, vmax=1.2, aspect="auto", extent=(-0.5, x.size(1) - 0.5, len(x) - 0.5, -0.5))
+        ax.imshow(x.numpy() ** 0.25, cmap="Greys", vmin=0, vmax=1.2, aspect="auto", extent=(-0.5, x.size(1) - 0.5, len(x) - 0.5, -0.5))
         ax.add_patch(plt.Rectangle((-0.5, -0.5), x.size(1), len(x), fill=False, clip_on=False))
         ax.set(xlim=(-0.5, width - 0.5), xticks=range(0, width, 2 if width > 9 else 1))
         ax.set_title(title, fontsize=9)
