@@ -216,7 +216,8 @@ class Scene:
     def write(self):
         """The text of every row, or why there is none."""
         try:
-            steps = [*stream(self.truth[0], *self.request, decoder_prompts=self.begun, strategy=self.make, ignore_eos=True)]
+            steps = [*stream(self.truth[0], *self.request, strategy=self.make, decoder_prompts=self.begun,
+                             ignore_eos=True)]
         except Exception as error:
             return f"{type(error).__name__}: {error}"
         return [letters(i for step in each for i in step) for each in zip(*steps)]
@@ -262,7 +263,8 @@ STORE = "keys[:, :, self.stop - T :], values[:, :, self.stop - T :] = k, v"
 STAND = "yield stop - T + new if alike else torch.tensor(starts, device=x.device)[:, None] + new"
 EXHIBITS = [
     Exhibit("top-left", "attention.Causal.forward", LINE, "return attend(q, k, v, None, True, self.rate)",
-            "mask_of_a_chunk_is_aligned_top_left", "chunks", "self 0", "mask", "pytorch #108108, x-transformers #187, gpt-fast #233"),
+            "mask_of_a_chunk_is_aligned_top_left", "chunks", "self 0", "mask",
+            "pytorch #108108, x-transformers #187, gpt-fast #233"),
     Exhibit("not-offset", "cache.passing", STAND, STAND.replace("stop - T + new if", "new if"),
             "positions_are_not_offset", "plain", "self 0", "positions", "TransformerLens #777, transformers #43082"),
     Exhibit("keys-only", "cache.KVCache.reorder", MOVE, """
@@ -330,6 +332,30 @@ EXHIBITS = [
             "q = self.heads(self.c_q(x).reshape(-1, k.size(0), x.size(2)).transpose(0, 1))",
             "rows_side_by_side_ask_different_sources", "neighbours", "cross 0", "input", "mlx-examples #1429"),
 ]
-CAUSES = [exhibit.cause for exhibit in EXHIBITS]
+CAUSES = {
+    "crossed-beams": "neighbouring rows ask in each other's place",
+    "first-memory": "every layer reads the source's keys and values of layer 0",
+    "first-row-only": "only row 0 is stored",
+    "heads-regrouped": "query heads share the keys of the wrong head",
+    "keys-only": "of rows that move, only the keys do",
+    "last-column": "logits are taken where the longest row ends",
+    "memory-stays": "values of a source stay where they are when rows leave",
+    "no-mask": "what follows a prefix is not masked at all",
+    "not-forgotten": "a rewind leaves the count as it is",
+    "not-moved": "rows that should move do not",
+    "not-offset": "every pass begins at position 0",
+    "off-by-one": "what follows a prefix stands one position too early",
+    "old-source": "the first source answers for every later one",
+    "one-length": "all rows go on where the longest one does",
+    "overflow": "more is accepted than there is room for",
+    "own-future": "a query also sees the next position",
+    "padding-counts": "a padded position of a source is seen",
+    "shared-fork": "a fork writes into the buffers of the original",
+    "small-ring": "a window forgets one position too early",
+    "stale": "what lies behind the text is read as well",
+    "tiled": "the rows are copied as a, b, a, b instead of a, a, b, b",
+    "top-left": "the mask of a chunk begins at key 0",
+    "values-for-keys": "values are stored where keys belong",
+}
 WHERE = ["encoder 0", "self 0", "self 1", "cross 0", "cross 1", "head"]
 KINDS = ["positions", "keys", "values", "mask", "input", "head"]

@@ -1,4 +1,4 @@
-"""What one sees of a broken cache from outside: the text, the first wrong step, what of each attention is wrong there."""
+"""What one sees of a broken cache: the text, the first wrong step, and what of each attention is wrong there."""
 
 from typing import NamedTuple
 
@@ -42,7 +42,8 @@ def symptoms(number):
     for r, begun in enumerate(sources or rows):
         ours, theirs = (each if isinstance(each, str) else each[r] for each in (scene.right, text))
         marks = "".join(" " if a == b else "^" for a, b in zip(ours, theirs)) if len(ours) == len(theirs) else ""
-        print(f"  row {r}  {letters(begun):>10} -> {ours}\n{'broken':>17}    {theirs}{'   the same' * (ours == theirs)}")
+        print(f"  row {r}  {letters(begun):>10} -> {ours}")
+        print(f"{'broken':>17}    {theirs}{'   the same' * (ours == theirs)}")
         print(f"{'':21}{marks}\n" * ("^" in marks), end="")
     print(f"With the right letters forced, logits first differ at step {step}, in row {row}, by {size:.2g}. There:")
     print(" " * 13 + "".join(f"{column:13}" for column in COLUMNS))
@@ -89,7 +90,8 @@ def look_at(name, mine, right, i, n, at, B):
         first = i % each * (q.size(2) // each)
         at, i = [(first + t, p) for t, p in at], i // each
     slots = (key_pos if key_pos.dim() == 1 else key_pos[min(i, len(key_pos) - 1)]).tolist()
-    slots = {p: slots.index(p) for p in wanted if p in slots} if role == "self" else {p: p for p in wanted if p < k.size(2)}
+    stands = {p: slots.index(p) for p in wanted if p in slots}
+    slots = stands if role == "self" else {p: p for p in wanted if p < k.size(2)}
     cells = [newest, wrong(at, lambda t, p: same(q[i, :, t], right[0][0, :, p]))]
     for mine_x, right_x in (k, right[1]), (v, right[2]):
         missing = [p for p in wanted if p not in slots]
@@ -111,7 +113,7 @@ def span(positions):
 
 @torch.no_grad()
 def weights(scene, name, call, row, queries):
-    """What each query looks at, by position: (queries, positions), mean over heads; or of a single one (heads, positions)."""
+    """What each query looks at, by position: (queries, positions), mean over heads; of a single one (heads, positions)."""
     q, k, _, query_pos, key_pos, *_ = call
     S, pattern = k.size(2), scene.truth[0].get_submodule(name)
     ones = torch.eye(S, dtype=q.dtype).expand(*k.shape[:2], S, S)  # values that tell where they came from
@@ -128,7 +130,7 @@ def draw(number, label, positions, expected, found):
     width = max(expected.size(1), found.size(1))
     fig, axes = plt.subplots(1, 2, figsize=(6, 1.6), sharey=True, layout="constrained")
     for ax, x, title in zip(axes, (expected, found), (f"{label}, right", f"{label}, exhibit {number}")):
-        ax.imshow(x.numpy() ** 0.25, cmap="Greys", vmin=0, vmax=1.2, aspect="auto", extent=(-0.5, x.size(1) - 0.5, len(x) - 0.5, -0.5))
+        ax.imshow(x.numpy() ** 0.25, cmap="Greys", vmin=0, vmax=1.2, aspect="auto")
         ax.add_patch(plt.Rectangle((-0.5, -0.5), x.size(1), len(x), fill=False, clip_on=False))
         ax.set(xlim=(-0.5, width - 0.5), xticks=range(0, width, 2 if width > 9 else 1))
         ax.set_title(title, fontsize=9)
