@@ -339,6 +339,11 @@ def values_are_not_written_after_the_prefill():
 
 
 @mutant
+def values_are_written_where_keys_belong():
+    writing(lambda cache, k, v: (v, v))
+
+
+@mutant
 def only_the_first_row_is_written():
     _, cache, *_ = project()
 
@@ -637,6 +642,15 @@ def rows_side_by_side_ask_different_sources():
         order = [i * len(k) + s for s in range(len(k)) for i in range(n)]
         y = original(self, x[order], k, v, key_pos)
         return y[[order.index(r) for r in range(len(x))]]
+
+
+@mutant
+def every_layer_reads_the_memory_of_the_first():
+    *_, model, _ = project()
+
+    @around(model.DecoderLayer, "forward")
+    def forward(original, self, x, pos, cache=None, memory=None):
+        return original(self, x, pos, cache, memory and memory._replace(kv=memory.kv[:1] * len(memory.kv)))
 
 
 @mutant

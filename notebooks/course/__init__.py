@@ -33,14 +33,16 @@ class Task:
     """
     right: the reference, wherever possible the project's own code. wrong: pairs (answer, what its author should hear).
     cases: for functions, the arguments of each call. run(answer, *case): how an answer is tried, where calling it is not
-    enough. close: the relative tolerance, and for numbers near 0 the absolute one. hint: for any other wrong answer.
-    praise: what is worth knowing once it is right.
+    enough. read(answer): how an answer that is no function is understood, where tidy() is not enough; what it returns is
+    compared, a Failed by its kind. close: the relative tolerance, and for numbers near 0 the absolute one. hint: for any
+    other wrong answer. praise: what is worth knowing once it is right.
     """
 
     right: object
     wrong: list = ()
     cases: list = None
     run: object = lambda answer, *case: answer(*case)
+    read: object = None
     close: float = 1e-5
     hint: str = ""
     praise: str = ""
@@ -117,6 +119,8 @@ def grade(task, answer):
 
 def outcomes(task, answer):
     """What an answer amounts to: itself, or what it returns on each case. Raises NotYet where something is left open."""
+    if task.read:
+        return [task.read(answer)]
     if task.cases is None:
         return [Failed("function", "This is a function: call it, what it returns is expected.") if callable(answer)
                 else tidy(answer)]
