@@ -309,9 +309,8 @@ def write_text(request):
         say("".join(map(decoder.push, found[0])))
     say(decoder.flush() + "\n")
     for n, row in enumerate([] if live else rows):
-        text, ids = request.said(row)
-        plain = ("---\n" if n else "") + request.shown + text
-        print(json.dumps({"prompt": request.prompt, "text": text, "ids": ids}) if request.json else plain)
+        said = request.said(row)
+        print(json.dumps(said) if request.json else ("---\n" if n else "") + request.shown + said["text"])
     if "speculate" in request.options:
         new = sum(map(len, rows))
         print(f"{new} new tokens in {passes} passes: {new / passes:.2f} each", file=sys.stderr)

@@ -2,7 +2,7 @@
 Beam search: run with the n most likely texts instead of one, and let those that have ended compete.
 
     python generate.py --model facebook/bart-large-cnn --prompt-file article.txt
-    python generate.py --model out/bart-headline --prompt-file article.txt --beams 4 --length-penalty 2
+    python generate.py --model out/bart-headline --prompts articles.txt --beams 4 --length-penalty 2
 
 A step extends each of the n texts by every token, and the n best extensions run on. Several may descend from one text,
 and others die out, so rows of the cache become others, in place (KVCache.reorder). The source stands still: n beams are
@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 import torch
 
 from generate import advance, encode, project
-from plumbing.checks import check_caches, check_count, check_forced, prepare
+from plumbing.checks import check_caches, check_count, check_forced, for_each, prepare
 from plumbing.errors import UserError
 from sampling import Choice, Chooser
 
@@ -53,8 +53,7 @@ class Finished:
         return total / length**self.length_penalty <= self.texts[-1][0]
 
 
-def beam_search(model, prompts, max_new_tokens, *, beams, length_penalty=1.0, early_stopping=False, use_cache=True,
-                decoder_prompts=None, ignore_eos=False, **choice):
+def beam_search(model, prompts, max_new_tokens, **options):
     """
     The best texts of each prompt: B lists of (score, new ids), the best first, at most `beams` of them.
 
@@ -65,34 +64,51 @@ def beam_search(model, prompts, max_new_tokens, *, beams, length_penalty=1.0, ea
     "never", when none could at any length. Raises UserError if the request is not possible, before anything is
     computed; NonFiniteError if the logits are no numbers, or the rules leave some text no token.
     """
+    return list(beam_stream(model, prompts, max_new_tokens, **options))
+
+
+def beam_stream(model, prompts, max_new_tokens, *, beams, length_penalty=1.0, early_stopping=False, use_cache=True,
+                decoder_prompts=None, ignore_eos=False, batch_size=None, **choice):
+    """
+    beam_search(), batch_size prompts at a time, None for all: an iterator of the texts of each prompt. Whatever is
+    wrong with the request is found out here, before anything is computed.
+    """
     check_count("beams", beams)
     if type(length_penalty) not in (int, float) or not abs(length_penalty) <= STEEPEST:
         raise UserError(f"length_penalty={length_penalty!r:.60} must be a number from {-STEEPEST} to {STEEPEST}, and "
                         f"is usually between 0 and 2")
     if early_stopping not in (True, False, "never") or type(early_stopping) not in (bool, str):
         raise UserError(f"early_stopping={early_stopping!r:.60} must be true, false or never")
-    check_count("max_new_tokens", max_new_tokens)
     sources, rows = prepare(model, prompts, max_new_tokens, decoder_prompts)
     check_forced(choice, model.config)
-    ends, limits = [] if ignore_eos else model.config.end_ids, [len(row) + max_new_tokens for row in rows]
-    choose = Chooser(Choice(**choice), model.wte.weight.device, ends, limits)
-    if choose.choice.temperature:
-        raise UserError(f"temperature={choose.choice.temperature} draws, and beam search does not: leave it out, or "
-                        f"call generate()")
-    found = [Finished(beams, max_new_tokens, length_penalty, early_stopping) for _ in rows]
-    if rows:
-        check_caches(f"{beams * len(rows)} beams of {max(limits)} positions", "ask for fewer, or shorter ones", model,
-                     beams * len(rows), max(limits))
-        search(model, sources, rows, choose, found, use_cache)
-    return [finished.texts for finished in found]
+    width = len(rows) or 1 if batch_size is None else batch_size
+    check_count("batch_size", width)
+    choice, most = Choice(**choice), for_each(max_new_tokens, rows)
+    choice.validate()
+    if choice.temperature:
+        raise UserError(f"temperature={choice.temperature} draws, and beam search does not: leave it out, or call "
+                        f"generate()")
+    ends, limits = [] if ignore_eos else model.config.end_ids, [len(row) + n for row, n in zip(rows, most)]
+    batches = [slice(i, i + width) for i in range(0, len(rows), width)]
+    for batch in batches:
+        B, room = beams * len(rows[batch]), max(limits[batch])
+        check_caches(f"{B} beams of {room} positions", "ask for fewer at a time, or shorter ones", model, B, room)
+
+    def texts(batch):
+        choose = Chooser(choice, model.wte.weight.device, ends, limits[batch])
+        found = [Finished(beams, n, length_penalty, early_stopping) for n in most[batch]]
+        search(model, sources and sources[batch], rows[batch], choose, found, use_cache)
+        return [finished.texts for finished in found]
+
+    return (own for batch in batches for own in texts(batch))
 
 
 @torch.inference_mode()
 def search(model, sources, rows, choose, found, use_cache):
     """The loop of beam_search(): it adds what ends to the Finished of each row."""
-    alive, starts, beams, longest = list(range(len(rows))), list(map(len, rows)), found[0].beams, found[0].longest
+    alive, starts, beams = list(range(len(rows))), list(map(len, rows)), found[0].beams
     memory = project(model, *encode(model, sources))
-    cache = model.new_cache(beams * len(rows), max(starts) + longest) if use_cache else None
+    cache = model.new_cache(beams * len(rows), max(choose.limits)) if use_cache else None
     if cache:
         cache.reorder(alive)  # a prompt enters once, whose row then becomes those of its beams
     length, totals = 0, torch.zeros(len(rows), 1, device=model.wte.weight.device)  # (S, n): log-probabilities
@@ -104,10 +120,10 @@ def search(model, sources, rows, choose, found, use_cache):
         V = scores.size(1)
         scores = (totals[..., None] + scores.view(-1, n, V)).flatten(1)  # (S, n V)
         best = scores.topk(min((1 + len(choose.ends)) * beams, n * V))  # enough to run on if all that can end do
-        ended = range(V) if length == longest else choose.ends
         stay, running = [], []  # places in `alive`; (log-probability, row that it extends, id) of all beams
         for s, (r, *both) in enumerate(zip(alive, best.values.tolist(), best.indices.tolist())):
             ranked = [(total, s * n + at // V, at % V) for total, at in zip(*both) if total > -math.inf]
+            ended = range(V) if length == found[r].longest else choose.ends
             for total, parent, i in ranked[:beams]:  # what is ranked lower may run on, and not end
                 if i in ended:
                     found[r].add(total, rows[parent][starts[r] :] + [i])
@@ -128,9 +144,8 @@ def command(request):
     """What generate.py does where beams are asked for: print the best text, which is not known before the end."""
     start = time.perf_counter()
     [[(score, ids), *_]] = beam_search(request.model, *request.batch(), **request.options)
-    seconds, text = time.perf_counter() - start, request.tokenizer.decode(ids)
-    told = {"prompt": request.prompt, "text": text, "ids": ids, "score": score}
-    print(json.dumps(told) if request.json else request.shown + text)
+    seconds, said = time.perf_counter() - start, request.said(ids, score)
+    print(json.dumps(said) if request.json else request.shown + said["text"])
     if request.stats:
         print(f"{len(request.ids)} prompt tokens; {len(ids)} new tokens, the best of {request.options['beams']} beams, "
               f"after {1e3 * seconds:.1f} ms", file=sys.stderr)

@@ -9,6 +9,8 @@ as many texts as there are rows, and none for those that wait, so loop, ends and
 
 Of a prompt all but the last id enter alone in their row (others would be padded to their length), the last one beside
 the newest ids of the others. So a text costs prompt + new - 1 positions, whoever stands beside it.
+
+Beams take many rows for a prompt, so there batch_size prompts are searched, and then the next ones.
 """
 
 import json
@@ -20,6 +22,7 @@ from tqdm import tqdm
 
 from attention import NOWHERE
 from cache import Memory
+from further.beam import beam_stream
 from generate import advance, asking, encode, pad, project, stream
 from plumbing.checks import check_caches, check_count, check_room, prepare
 from plumbing.errors import naming
@@ -84,9 +87,13 @@ def place(memory, i, own):
 def serve(model, prompts, max_new_tokens, *, batch_size=8, **options):
     """
     generate() for any number of prompts, batch_size of them at a time: an iterator of (number of the prompt, its new
-    ids) as they end, the ids that generate() gives. options: those of generate(). Raises UserError if the request is
-    not possible, before anything is computed.
+    ids) as they end, the ids that generate() gives. options: those of generate(); or, with beams, of beam_search(),
+    whose best text and its score then follow the number. Raises UserError if the request is not possible, before
+    anything is computed.
     """
+    if "beams" in options:
+        texts = beam_stream(model, prompts, max_new_tokens, batch_size=batch_size, **options)
+        return ((r, ids, score) for r, [(score, ids), *_] in enumerate(texts))
     check_count("batch_size", batch_size)
     return ended(stream(model, prompts, max_new_tokens, strategy=partial(continuous, batch_size=batch_size), **options))
 
@@ -113,12 +120,10 @@ def command(request):
     texts = serve(model, [one.ids for one in asked], [one.max_new_tokens for one in asked], decoder_prompts=starts,
                   **request.options)
     with tqdm(total=len(asked), unit="prompt", dynamic_ncols=True, disable=None) as bar:
-        for r, ids in texts:
-            done[r] = ids
+        for r, *found in texts:
+            done[r] = asked[r].said(*found)
             bar.update()
             while shown in done:
-                one = asked[shown]
-                text, ids = one.said(done.pop(shown))
                 with bar.external_write_mode():
-                    print(json.dumps({"prompt": one.prompt, "text": text, "ids": ids}), flush=True)
+                    print(json.dumps(done.pop(shown)), flush=True)
                 shown += 1

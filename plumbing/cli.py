@@ -30,7 +30,7 @@ IDLE = {"num_samples": 1, "strategy": "cached", "overflow": "refuse"}  # what th
 APART = {"prompts": ["num_samples", "strategy", "overflow", "speculate", "chat", "stats"],
          "chat": ["num_samples", "strategy", "overflow", "speculate", "decoder_prompt", "json"],
          "speculate": ["strategy", "overflow"],
-         "beams": ["strategy", "num_samples", "temperature", "chat", "prompts", "speculate", "overflow"]}
+         "beams": ["strategy", "num_samples", "temperature", "chat", "speculate", "overflow"]}
 # keys of generation_config.json that change what is generated and that nothing here can honour, unless they are idle
 UNSUPPORTED = {"encoder_repetition_penalty": 1.0, "encoder_no_repeat_ngram_size": 0, "bad_words_ids": None,
                "typical_p": 1.0, "forced_decoder_ids": None, "num_beam_groups": 1,
@@ -63,11 +63,12 @@ class Request:
     def decoder(self):
         return StreamDecoder(self.tokenizer, self.stops)
 
-    def said(self, ids):
-        """What a row says: its text before the stop, and the ids that lie wholly before it."""
+    def said(self, ids, *score):
+        """What --json prints of a row: its text before the stop, the ids that lie wholly before it, a beam's score."""
         decoder = self.decoder()
         text = "".join(map(decoder.push, ids)) + decoder.flush()
-        return text, ids[: self.tokenizer.within(ids, decoder.size)[0]]
+        ids = ids[: self.tokenizer.within(ids, decoder.size)[0]]
+        return {"prompt": self.prompt, "text": text, "ids": ids} | dict(zip(["score"], score))
 
     def batch(self):
         """The first arguments of generate(): prompts and max_new_tokens."""

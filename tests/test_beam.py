@@ -197,14 +197,15 @@ def test_a_cache_changes_no_score_and_its_rows_do_move(block, moves):
 
 
 @pytest.mark.parametrize("seed", range(CASES))
-def test_a_batch_of_ragged_prompts_finds_what_each_finds_alone(seed):
+def test_batches_of_ragged_prompts_with_limits_of_their_own_find_what_each_finds_alone(seed):
     model, rng = lively(seed)
     rows, options = prompts(model, rng, 4), settings(rng) | rules(rng)
+    most, batch_size = [rng.randint(1, 10) for _ in rows], rng.choice([None, 1, 3])
     starts = [[rng.randrange(12) for _ in range(rng.randint(0, 4))] for _ in rows] if seed % 2 else [None] * 4
     given = lambda starts: dict(options, decoder_prompts=starts) if seed % 2 else options
-    together = beam_search(model, rows, 10, **given(starts))
-    for row, start, texts in zip(rows, starts, together):
-        assert differ(beam_search(model, [row], 10, **given([start]))[0], texts) <= 1e-10
+    together = beam_search(model, rows, most, batch_size=batch_size, **given(starts))
+    for row, start, n, texts in zip(rows, starts, most, together, strict=True):
+        assert differ(beam_search(model, [row], n, **given([start]))[0], texts) <= 1e-10
 
 
 @pytest.mark.parametrize("pattern", ["local:3", "strided:3", "topk:2,2"])
@@ -297,7 +298,8 @@ def test_the_command_line_prints_the_best_text(tiny_gpt, tiny_bart):
     dict(beams=0), dict(beams=-1), dict(beams=2.0), dict(beams=True), dict(beams=2**31), dict(length_penalty=float("nan")),
     dict(length_penalty=float("inf")), dict(length_penalty=33), dict(length_penalty="1"), dict(length_penalty=True),
     dict(early_stopping=1), dict(early_stopping=None), dict(early_stopping="true"), dict(temperature=0.5),
-    dict(temperature=-1.0), dict(max_new_tokens=24), dict(forced_last=99), dict(no_repeat_ngram=0)], ids=str)
+    dict(temperature=-1.0), dict(max_new_tokens=24), dict(forced_last=99), dict(no_repeat_ngram=0),
+    dict(max_new_tokens=0), dict(batch_size=0), dict(batch_size=-1), dict(batch_size=2.0)], ids=str)
 def test_what_makes_no_sense_is_refused_with_its_name_and_value(options):
     model, _ = lively(2)
     (name, value), = options.items()
@@ -319,6 +321,16 @@ def test_caches_that_do_not_fit_the_memory_are_refused_before_anything_is_comput
                 assert cost.steps == 0
             else:
                 assert len(beam_search(model, [[4, 5], [6]], 9, beams=3)) == 2
+                with pytest.raises(UserError, match="3 beams of 23 positions"):  # of the last batch
+                    beam.beam_stream(model, [[4, 5], [6], [7]], [9, 9, 22], beams=3, batch_size=2)
+
+
+def test_a_batch_is_searched_when_its_first_text_is_asked_for():
+    model, rng = lively(3)
+    with count(model) as cost:
+        found = beam.beam_stream(model, [[4], [5], [6], [7], [8]], 9, beams=3, batch_size=2)
+        entered = [(len(next(found)), cost.encoder_tokens) for _ in range(5)]
+    assert entered == [(3, 2), (3, 2), (3, 4), (3, 4), (3, 5)] and list(found) == []
 
 
 def test_padding_of_a_vocabulary_is_never_found():

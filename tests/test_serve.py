@@ -229,6 +229,30 @@ def test_a_line_may_say_more_than_its_prompt(tiny_gpt, tiny_bart, tmp_path):
     assert "prompts.jsonl, line 2: --decoder-prompt" in outcome.err
 
 
+@pytest.mark.parametrize("kind", ["gpt", "bart"])
+def test_a_file_with_beams_gives_what_each_prompt_alone_gives(kind, tiny_gpt, tiny_bart, tmp_path):
+    """Beams typed, with every line's own limit and decoder prompt; then those that the publishers ask for."""
+    tiny = {"gpt": tiny_gpt, "bart": tiny_bart}[kind]
+    save_pretrained(tmp_path, tiny.model, tiny.tokenizer)
+    lines = [{"prompt": "abc"}, {"prompt": "dcba", "max_new_tokens": 3}, {"prompt": "a"}, {"prompt": "cab"},
+             {"prompt": "aabb", "max_new_tokens": 7}]
+    lines[3] |= {"decoder_prompt": "ab"} if kind == "bart" else {}
+    many, flags = tmp_path / "prompts.jsonl", ["--beams", 3, "--length-penalty", 0.5, "--max-new-tokens", 8]
+    many.write_text("\n".join(map(json.dumps, lines)))
+    run = lambda *words: written(call(program.main, "--model", tmp_path, "--dtype", "float64", *words))
+    for flags in flags, []:
+        single = []
+        for line in lines:
+            own = dict(zip(flags[::2], flags[1::2])) | {f"--{k.replace('_', '-')}": v for k, v in line.items()}
+            single += run("--json", *[word for pair in own.items() for word in pair])
+        assert all("score" in one for one in single) and len({len(one["ids"]) for one in single}) > 2
+        for size in ([], ["--batch-size", 2], ["--batch-size", 1]):
+            found = run("--prompts", many, *flags, *size)
+            assert [one.pop("score") for one in found] == pytest.approx([one["score"] for one in single], abs=1e-10)
+            assert found == [{key: one[key] for key in ("prompt", "text", "ids")} for one in single]
+        (tmp_path / "generation_config.json").write_text('{"num_beams": 4, "early_stopping": true, "max_new_tokens": 12}')
+
+
 BAD = {  # the file, its flags, and what the line on stderr must name
     "empty.txt": ("", "", "empty.txt, line 1: the prompt is empty"),
     "blank.txt": ("a\n\nb\n", "", "blank.txt, line 2: the prompt is empty"),
@@ -255,6 +279,11 @@ BAD = {  # the file, its flags, and what the line on stderr must name
     "naive.txt": ("a", "--strategy naive", "--strategy naive and --prompts do not go"),
     "stats.txt": ("a", "--stats", "--stats and --prompts do not go"),
     "rule.txt": ("a", "--temperature 1 --top-k 0", "top_k=0"),
+    "drawn.txt": ("a", "--beams 2 --temperature 1", "drawn.txt, line 1: --temperature 1.0 does not go with --beams 2"),
+    "stop.txt": ("a", "--beams 2 --stop e", "stop.txt, line 1: a stop ['e'] does not go with --beams 2"),
+    "wide.txt": ("a", "--beams 1000", "wide.txt, line 1: --beams 1000 are more than the 257 tokens"),
+    "steep.txt": ("a", "--beams 2 --length-penalty nan", "length_penalty=nan"),
+    "beam.txt": ("a\n" + 70 * "b", "--beams 2", "beam.txt, line 2: 70 tokens and max_new_tokens=1 do not fit"),
     "both.txt": ("a", "--prompt b", "one prompt"),
 }
 
