@@ -270,7 +270,7 @@ assert accepted("more") == max(gains, key=gains.get)
 # ## Does it pay here?
 #
 # Bytes are a prediction: a step that waits for memory takes the time to read them. A tiny model does not wait for
-# memory but for Python, as `kv_cache.ipynb` found. So the document's "greatly speeds up inference" is measured twice: a
+# memory but for Python, as lesson 4 finds. So the document's "greatly speeds up inference" is measured twice: a
 # tiny model with one row and a short text; and the attention alone of a larger one, 16 heads of 64, 16 rows behind
 # 1,024 positions. Both kinds of heads take turns, and of several rounds the fastest counts. Times are shown and not
 # graded: yours differ.

@@ -12,7 +12,7 @@
 # - mend each in one line,
 # - write the tests that find them: logits before tokens, chunks of any width, batches above one.
 #
-# Before this: `attention.py`, `cache.py`, and the notebook `kv_cache.ipynb`. An hour or two; the gallery may be visited
+# Before this: `attention.py`, `cache.py`, and lessons 3 and 5. An hour or two; the gallery may be visited
 # in several sittings, in any order.
 # %%
 import sys; sys.path += ["..", "notebooks"]  # the modules lie one folder above this page

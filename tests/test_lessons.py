@@ -9,12 +9,14 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import ROOT
+
+import bench
+from conftest import ROOT, call
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 sys.path.insert(0, str(ROOT / "notebooks"))
-from course import Task, grade, lesson  # noqa: E402
+from course import Task, claims, grade, lesson, slides  # noqa: E402
 from course.build import METADATA, execute, notebook, sources  # noqa: E402
 
 SOURCES = sources()
@@ -183,3 +185,28 @@ def test_lesson_4_finds_every_number_of_the_published_notebook_and_one_claim_alo
     page = json.loads((ROOT / "notebooks" / "04_kv_cache_notebook.ipynb").read_text(encoding="utf-8"))
     said = "".join("".join(output.get("text", "")) for cell in page["cells"] for output in cell.get("outputs", ()))
     assert "318 numbers agree" in said and said.count("does not hold here") == 1
+
+
+def test_every_claim_is_measured_in_a_lesson_and_can_be_seen_by_a_command_or_a_test():
+    assert claims.PAGE.read_text() == claims.table(), "python notebooks/course/claims.py --write"
+    assert list(claims.SEEN) == list(range(1, 52)) and set(claims.measured()) == set(claims.SEEN)
+    for seen in claims.SEEN.values():
+        if seen.startswith("tests/"):
+            file, _, name = seen.partition("::")
+            assert f"\ndef {name}(" in (ROOT / file).read_text(), seen
+        elif seen.startswith("make "):
+            assert f"\n{seen.split()[1]}:" in (ROOT / "Makefile").read_text()
+        else:
+            python, program, section, *flags = seen.split()
+            done = call(bench.main, section, "--help")
+            assert (python, program) == ("python", "bench.py") and done.code == 0
+            assert all(flag in done.out for flag in flags if flag.startswith("--")), seen
+
+
+def test_the_lines_to_project_are_where_the_page_says():
+    assert slides.PAGE.read_text() == slides.table(), "python notebooks/course/slides.py --write"
+
+
+def test_the_list_of_lessons_names_each():
+    listed = re.findall(r"\]\((\w+)\.ipynb\)", (ROOT / "notebooks" / "README.md").read_text())
+    assert listed == [source.stem for source in SOURCES] and len(listed) == 11
