@@ -71,7 +71,7 @@ JUNK = st.one_of(st.sampled_from(ODD), st.integers(), st.floats(), st.text(), st
 
 
 @pytest.mark.parametrize("task", EACH)
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 @given(answer=JUNK)
 def test_whatever_somebody_types_gets_a_line_and_never_a_traceback(task, answer):
     verdict, words = grade(task, answer)
