@@ -13,7 +13,7 @@ demo: .venv/ready
 	$(RUN) bench.py compare --model out/gpt-tiny --prompt "$(PROMPT)" --max-new-tokens 60
 
 test: .venv/ready
-	$(RUN) -m pytest -q
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2
 
 # The lessons, in a browser, ready to run.
 course: .venv/course

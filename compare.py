@@ -30,20 +30,27 @@ TINY = 1e-10  # ... or smaller than this, relative to the largest number beside 
 # Side by side
 
 
-def measure(model, start):
+def measure(model, make, given, *request, **options):
     """Count a run to its end: its Cost, of each of B rows the ids and the logits (V,) of each, and seconds per step."""
-    ids, logits, seconds, seen = [], [], [], []
-    head = lambda module, args, out: seen.append(out.detach().double().cpu())
-    with count(model) as cost, hooks([model.lm_head.register_forward_hook(head)]):
+    seen, rows, seconds = {}, given[1], []
+    ids, logits = [[] for _ in rows], [[] for _ in rows]
+
+    def look(scores, texts, which):  # at guesses that are wrong, too: what is found later stands in their place
+        seen.update({(r, len(text)): own for r, text, own in zip(which, texts, scores.detach().double().cpu())})
+
+    def watched(model, sources, B, room, choose):
+        choose.watch = look
+        return make(model, sources, B, room, choose)
+
+    with count(model) as cost:
         begun = time.perf_counter()
-        for found in start():
+        for found in stream(model, *request, strategy=watched, **options):
             seconds.append(time.perf_counter() - begun)
             begun += seconds[-1]
-            ids, logits = ids or [[] for _ in found], logits or [[] for _ in found]
-            going = [r for r, new in enumerate(found) if new]
-            for r, own in zip(going, seen[-1].unflatten(0, (len(going), -1)).flatten(1, -2)):  # (positions, V)
-                ids[r] += found[r]
-                logits[r] += own[: len(found[r])]  # those behind were of guesses that were wrong
+            for r, new in enumerate(found):
+                start = len(rows[r]) + len(ids[r])
+                ids[r] += new
+                logits[r] += [seen[r, start + k] for k in range(len(new))]
             seen.clear()
     return cost, ids, logits, seconds
 
@@ -85,10 +92,10 @@ def compare(model, makes, prompts, max_new_tokens, **options):
     given = _, rows = prepare(model, prompts, max_new_tokens, options.get("decoder_prompts"))
     begun, sizes = max(map(len, rows)) - model.config.starts(N), {(len(a), len(b)) for a, b in zip(prompts, rows)}
     for name, make in makes.items():
-        start = lambda: stream(model, prompts, max_new_tokens, strategy=make, **options)
-        for _ in islice(start(), None if model.wte.weight.is_cuda else 1):
+        request = prompts, max_new_tokens
+        for _ in islice(stream(model, *request, strategy=make, **options), None if model.wte.weight.is_cuda else 2):
             pass  # what is set up once is nobody's cost: on a GPU, kernels for every shape, so the whole run
-        cost, ids, logits, seconds = measure(model, start)
+        cost, ids, logits, seconds = measure(model, make, given, *request, **options)
         reference = reference or (ids, logits, sum(seconds))
         largest, first = first_difference(*reference[:2], ids, logits)
         known = name in FORMULAS and 1 in (len(sizes), len(set(map(len, ids))))  # else padding varies as rows leave

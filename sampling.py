@@ -106,6 +106,13 @@ FILTERS = {  # top_k needs none: it is K, how many are put in order at all, whic
 }
 
 
+def check_finite(finite):
+    """Raise NonFiniteError unless in all rows (B,) the best score was a finite number."""
+    if not finite.all():
+        raise NonFiniteError("no token can be chosen from these logits: the weights are damaged, their dtype "
+                             "overflows, or the rules forbid every token")
+
+
 class Chooser:
     """
     Chooses by a Choice. ends: the ids that end a row; limits: the length at which each row of the request is cut, None
@@ -121,6 +128,7 @@ class Chooser:
         self.rules, self.filters = self.that_are_set(RULES), self.that_are_set(FILTERS)
         seed = SystemRandom().getrandbits(63) if choice.seed is None else choice.seed
         self.generator = cache(lambda r: Random(f"{seed} {r}"))  # of row number r
+        self.watch = None  # is shown the logits, as scores() gets them
 
     def that_are_set(self, table):
         """(function, value) of every entry whose field does not have its default."""
@@ -138,15 +146,15 @@ class Chooser:
 
     def scores(self, logits, rows, which):
         """The logits in fp32 or more, with minus infinity where a rule forbids."""
+        if self.watch:
+            self.watch(logits, rows, which)
         scores, V = logits.to(torch.promote_types(logits.dtype, torch.float32)), logits.size(-1)
         if self.rules:
             scores, texts = F.pad(scores, (0, 1)), self.texts(rows, which, V)  # a copy: the logits are not ours
             for rule, value in self.rules:
                 rule(scores, value, texts)
         scores = scores[:, :V][:, : self.choice.n_vocab]
-        if not scores.amax(-1).isfinite().all():
-            raise NonFiniteError("no token can be chosen from these logits: the weights are damaged, their dtype "
-                                 "overflows, or the rules forbid every token")
+        check_finite(scores.amax(-1).isfinite())
         return scores
 
     def texts(self, rows, which, V):

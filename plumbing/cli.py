@@ -25,12 +25,14 @@ STRATEGY = "naive, hoisted (BART), cached, or MODULE:FUNCTION for one of your ow
 SOURCES = [["--model", "--prompt"], ["--model", "--prompt-file"], ["--model", "-"], ["--model", "--prompts"],
            ["--random", "--prompt-tokens"]]
 CHATS = [["--model"], *SOURCES[:2]]  # standard input is what is said
-IDLE = {"num_samples": 1, "strategy": "cached", "overflow": "refuse"}  # what these are unless something else is asked
+# what these are unless something else is asked
+IDLE = {"num_samples": 1, "strategy": "cached", "overflow": "refuse", "compile": False}
 # a technique and what does not go with it; beams come last, since a generation_config.json may ask for them
-APART = {"prompts": ["num_samples", "strategy", "overflow", "speculate", "chat", "stats"],
-         "chat": ["num_samples", "strategy", "overflow", "speculate", "decoder_prompt", "json"],
-         "speculate": ["strategy", "overflow"],
-         "beams": ["strategy", "num_samples", "temperature", "chat", "speculate", "overflow"]}
+APART = {"prompts": ["num_samples", "strategy", "overflow", "speculate", "compile", "chat", "stats"],
+         "chat": ["num_samples", "strategy", "overflow", "speculate", "compile", "decoder_prompt", "json"],
+         "speculate": ["strategy", "overflow", "compile"],
+         "compile": ["strategy", "overflow"],
+         "beams": ["strategy", "num_samples", "temperature", "chat", "speculate", "compile", "overflow"]}
 # keys of generation_config.json that change what is generated and that nothing here can honour, unless they are idle
 UNSUPPORTED = {"encoder_repetition_penalty": 1.0, "encoder_no_repeat_ngram_size": 0, "bad_words_ids": None,
                "typical_p": 1.0, "forced_decoder_ids": None, "num_beam_groups": 1,
@@ -91,6 +93,8 @@ def add_arguments(parser):
     add("--json", action="store_true", help="for machines: one JSON object a line")
     add("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda or mps")
     add("--dtype", choices=sorted(DTYPES), help="of the weights; default: as in the file")
+    add("--compile", action="store_true", help="compile the decode step first, seconds to a minute: worth its wait for "
+        "long or many texts, see further/compiled.py")
     add("--seed", type=WHOLE, help="of what is drawn; default: different every time")
     # not every program has them
     parser.set_defaults(random=None, prompt_tokens=None, rows=1, stats=False, no_stream=False, stop=[], chat=False,
@@ -168,7 +172,7 @@ def check(args):
             raise UserError(f"--num-samples {samples} must be from 1 to {MAX_SAMPLES}")
     if args.batch_size is not None and (args.prompts is None or not 1 <= args.batch_size <= MAX_SAMPLES):
         raise UserError(f"--batch-size {args.batch_size} must be from 1 to {MAX_SAMPLES}, with --prompts FILE")
-    for technique in ("prompts", "chat", "speculate"):
+    for technique in ("prompts", "chat", "speculate", "compile"):
         if getattr(args, technique) and (other := clash(args, technique)):
             raise UserError(f"{other} and --{technique} do not go together: leave one of them out")
     if args.beams is not None and not 1 <= args.beams <= MAX_SAMPLES:
@@ -228,6 +232,8 @@ def ask(args, model, tokenizer, published):
     # what an untrained model calls the end means nothing
     options = {"ignore_eos": args.ignore_eos or args.random is not None, **rules, **chosen(args)}
     options |= given(args, "strategy", "num_samples", "overflow", "batch_size")
+    if args.compile:
+        options["strategy"] = "further.compiled:compiled"
     if stops := read_stops(args, tokenizer, published):
         options["stop"] = Stops(tokenizer, stops)
     beams = beam_options(args, published, rules["n_vocab"], stops)

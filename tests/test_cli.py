@@ -691,7 +691,7 @@ def test_exit_codes_have_one_home(capsys):
 
 
 FLAGS = {"num_samples": ["--num-samples", 2], "strategy": ["--strategy", "naive"], "overflow": ["--overflow", "slide"],
-         "speculate": ["--speculate", "lookup"], "chat": ["--chat"], "stats": ["--stats"], "json": ["--json"],
+         "speculate": ["--speculate", "lookup"], "compile": ["--compile"], "chat": ["--chat"], "stats": ["--stats"], "json": ["--json"],
          "decoder_prompt": ["--decoder-prompt", "a"], "temperature": ["--temperature", 0.5], "prompts": ["--prompts", "p.txt"]}
 
 

@@ -400,7 +400,8 @@ def test_what_cannot_be_a_draft_is_refused_by_name(flags, words, tiny_gpt, parro
     (Examples([[3], [11]]), "the examples have the id 11, and vocab_size=11"),
     (tiny("bart"), "is_encoder_decoder=True of the draft is False"),
     (tiny("gpt", vocab_size=12), "vocab_size=12 of the draft is 11"),
-    (tiny("gpt", block_size=9), "block_size=9 of the draft is less than the 10 tokens")], ids=str)
+    (tiny("gpt", block_size=9), "block_size=9 of the draft is less than the 10 tokens")],
+                         ids=["number", "word", "examples", "kind", "vocabulary", "length"])
 def test_a_request_is_refused_before_anything_is_computed(given, words):
     with pytest.raises(UserError, match=words):
         stream(tiny("gpt"), [[3, 4]], 8, speculate=given)

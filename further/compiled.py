@@ -1,0 +1,226 @@
+"""
+The same decode step, compiled: fewer calls, fewer trips to memory, and on a GPU no waiting for the host.
+
+    python generate.py --model gpt2 --prompt "The if statement" --compile
+    python bench.py compare --random gpt2 --prompt-tokens 32 --strategies cached,further.compiled:compiled
+
+A plain step asks PyTorch for some two hundred operations, one after the other. But nothing about it ever changes: its
+shapes are those of one token, and where that token stands can be a tensor, whose value only the device reads. So one
+graph is the step of all requests and lengths. On a CPU, torch.compile makes C++ of it: products that have been tried
+out on this machine, weights laid out for them once ("frozen"), and what lies between products fused. On a GPU what it
+launches is recorded once, ids are chosen inside, and the host fetches them RUN at a time.
+
+What it costs: the first request compiles, which takes seconds to a minute; rows that have ended are computed on, since
+no shape may change; a step reads the keys and values of all the room there is. The prompt enters plainly.
+"""
+
+import functools
+import weakref
+
+import torch
+from torch.nn import functional as F
+
+from attention import NOWHERE
+from cache import Memory
+from generate import advance, encode, project
+from plumbing.checks import check_room
+from plumbing.errors import UserError
+from sampling import Chooser, check_finite
+
+RUN = 16    # steps that a GPU is given at once
+LEAST = 64  # positions of the shortest buffer there, where every size is recorded anew
+FASTEST = {"freezing": True, "max_autotune": True, "max_autotune_gemm_backends": "CPP,ATEN"}  # on a CPU
+COMPILED = weakref.WeakKeyDictionary()  # model -> its Steps
+
+# -----------------------------------------------------------------------------
+# The step. ids: (B, length + 1) by position; at: (B, 1), where the newest id of each row stands, which is not stored.
+
+
+def logits_of(model, ids, at, cache, memory):
+    """(B, V), of what follows the newest id of each row."""
+    source = {} if memory is None else {"memory": memory}
+    x = model.features(ids.gather(1, at), cache=cache, start_pos=at, **source)  # (B, 1, C)
+    return model.lm_head(x[:, 0])
+
+
+def greedy(model, ids, at, cache, memory, finite, n_vocab):
+    """The most likely id is written behind the newest, which it then is. finite: (B,), whether all scores were."""
+    scores = logits_of(model, ids, at, cache, memory)[:, :n_vocab]
+    finite &= scores.amax(-1).isfinite()
+    ids.scatter_(1, at + 1, scores.argmax(-1, keepdim=True))
+    at.add_(1).clamp_(max=ids.size(1) - 2)  # at the end the last id is found again and again
+
+
+class Steps:
+    """The steps of a model with these weights, compiled, and recorded Buffers that no decoding holds at the moment."""
+
+    def __init__(self, model):
+        self.weights, self.idle = weights(model), {}
+        own, options = weakref.ref(model), compiler_options(model.wte.weight.device.type)
+        compile = lambda function: torch.compile(lambda *args: function(own(), *args), fullgraph=True, options=options)
+        self.logits, self.greedy = compile(logits_of), compile(greedy)
+
+
+def weights(model):
+    """What changes when a weight does: frozen ones are part of the compiled code."""
+    return [(x.data_ptr(), x._version, x.dtype) for x in (*model.parameters(), *model.buffers())]
+
+
+def steps(model):
+    kept = COMPILED.get(model)
+    if kept is None or kept.weights != weights(model):
+        kept = COMPILED[model] = Steps(model)
+    return kept
+
+
+def compiler_options(device):
+    """What torch.compile is told. Raises UserError where it finds no compiler."""
+    if device != "cpu":
+        return {}
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    try:
+        get_cpp_compiler()
+    except Exception:  # each version has its own
+        raise UserError("--compile makes C++ of a step, and there is no C++ compiler: install g++ or clang++, or leave "
+                        "it out") from None
+    return FASTEST
+
+
+# -----------------------------------------------------------------------------
+# What a decoding holds
+
+
+class Buffers:
+    """
+    What a decoding of B rows holds while it runs, always at the same addresses: ids and `at`, see above, a cache, and a
+    copy of the memory, laid out for reading. inside: ids are chosen by the step.
+    """
+
+    def __init__(self, model, B, length, memory, inside, n_vocab):
+        device = model.wte.weight.device
+        self.ids = torch.zeros(B, length + 1, dtype=torch.long, device=device)
+        self.at = torch.zeros(B, 1, dtype=torch.long, device=device)
+        self.finite = torch.ones(B, dtype=torch.bool, device=device)
+        self.cache, self.memory = model.new_cache(B, length), memory
+        if memory is not None:
+            kv = [tuple(x.clone(memory_format=torch.contiguous_format) for x in pair) for pair in memory.kv]
+            self.memory = Memory(kv, memory.key_pos.clone())
+        advance(model, [[0]] * B, self.cache, self.memory)  # so that the cache has its buffers
+        for x, axis in self.sized():
+            torch._dynamo.maybe_mark_dynamic(x, axis)
+        args = self.ids, self.at, self.cache, self.memory
+        step, more = (steps(model).greedy, (self.finite, n_vocab)) if inside else (steps(model).logits, ())
+        self.step = lambda: step(*args, *more)
+        if device.type == "cuda":
+            self.step = captured(self.step)
+
+    def sized(self):
+        """All tensors as long as a text or a source, and in which dimension: one graph serves every length."""
+        stored = [x for x in (*self.cache.k, *self.cache.v) if x is not None]
+        read = [x for pair in self.memory.kv for x in pair] if self.memory else []
+        yield self.ids, 1
+        yield from ((x, 2) for x in stored + read)
+        yield from ((x, x.dim() - 1) for x in (self.cache.places, self.memory and self.memory.key_pos) if x is not None)
+
+    def prefill(self, model, rows, n, memory):
+        """Prompts enter, n neighbours as one: they do not differ yet. The logits (B, V) of what follows."""
+        if memory is not None:
+            for kept, x in zip([x for pair in self.memory.kv for x in pair], [x for pair in memory.kv for x in pair]):
+                kept.copy_(x)
+            self.memory.key_pos.copy_(memory.key_pos)
+        self.finite.fill_(True)
+        self.cache.rewind(0)
+        self.cache.reorder(list(range(len(rows) // n)))
+        logits = advance(model, rows[::n], self.cache, self.memory)[:, 0]
+        self.cache.reorder([row // n for row in range(len(rows))])
+        return logits.repeat_interleave(n, 0)
+
+    def enter(self, rows):
+        """These are the texts now: the newest id of each, and where it stands."""
+        self.at.copy_(torch.tensor([[len(row) - 1] for row in rows]))
+        self.ids.scatter_(1, self.at, torch.tensor([row[-1:] for row in rows]).to(self.ids.device))
+
+
+def captured(step):
+    """What a step launches on a GPU, as one graph. It runs a few times first, on nobody's text."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):  # what is compiled or set up once is not part of it
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step()
+
+    def replay():
+        graph.replay()
+        return out
+
+    return replay
+
+
+def bucket(n, most):
+    """How large a buffer for n positions is on a GPU: a few sizes serve all requests."""
+    return min(most, max(LEAST, 1 << (n - 1).bit_length()))
+
+
+def padded(memory, N):
+    """A memory with room for N tokens of each source. What is padding stands nowhere."""
+    more = N - memory.key_pos.size(-1)
+    if not more:
+        return memory
+    kv = [tuple(F.pad(x, (0, 0, 0, more)) for x in pair) for pair in memory.kv]
+    key_pos = memory.key_pos.expand(len(kv[0][0]), -1)
+    return Memory(kv, F.pad(key_pos, (0, more), value=NOWHERE))
+
+
+# -----------------------------------------------------------------------------
+# The strategy
+
+
+class Decoding:
+    """A step(rows, which) as generate.py's. The first takes Buffers, which are given back where they are recorded."""
+
+    def __init__(self, model, sources, B, room, choose):
+        self.model, self.B, self.choose, self.room, self.held = model, B, choose, room, None
+        steps(model)  # where there is no compiler, nothing is computed first
+        self.memory, cuda = project(model, *encode(model, sources)), model.wte.weight.is_cuda
+        # where asking the host is what takes time, the step itself finds the most likely id for who wants no more
+        self.inside = (cuda and type(choose) is Chooser
+                       and not (choose.watch or choose.rules or choose.choice.temperature))
+        if cuda:
+            self.room = bucket(room, model.config.block_size)
+            self.memory = self.memory and padded(self.memory, bucket(self.memory.key_pos.size(-1),
+                                                                     model.config.block_size))
+
+    def take(self, B):
+        shape = self.memory and (len(self.memory.kv[0][0]), *self.memory.key_pos.shape)
+        n_vocab = self.choose.choice.n_vocab if self.inside else None
+        idle = steps(self.model).idle.setdefault((B, self.room, shape, self.inside, n_vocab), [])
+        self.buffers = idle.pop() if idle else Buffers(self.model, B, self.room, self.memory, self.inside, n_vocab)
+        if self.buffers.ids.is_cuda:  # elsewhere nothing depends on where they are
+            weakref.finalize(self, idle.append, self.buffers)
+
+    @torch.inference_mode()
+    def __call__(self, rows, which):
+        if self.held is None:
+            self.held = list(rows)
+            self.take(len(rows))
+            logits = self.buffers.prefill(self.model, rows, len(rows) // self.B, self.memory)
+            return self.choose(logits, rows, which)
+        for r, row in zip(which, rows):
+            self.held[r] = row
+        self.buffers.enter(self.held)  # rows that have ended as well: they find what they have found
+        if not self.inside:
+            return self.choose(self.buffers.step()[which], rows, which)
+        for _ in range(RUN):
+            self.buffers.step()
+        check_finite(self.buffers.finite[which])
+        return [ids[len(row) : len(row) + RUN] for row, ids in zip(rows, self.buffers.ids[which].tolist())]
+
+
+def compiled(model, sources, B, room, choose):
+    """A strategy, as in generate.py."""
+    check_room(choose, room)
+    return Decoding(model, sources, B, room, choose)

@@ -1,0 +1,169 @@
+"""The compiled step is the step: its logits, whatever its rows and lengths, one graph for all of them."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+import generate as program
+from attention import NOWHERE
+from further import compiled as module
+from further.compiled import compiled, greedy, padded
+from generate import advance, encode, generate, project
+from model import BART, GPT, BARTConfig, GPTConfig
+from sampling import Choice, Chooser
+from test_cli import call
+from test_model import rough
+
+SIZES = dict(n_head=4, n_kv_head=2, n_embd=32, vocab_size=61, block_size=48)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_trials():
+    """Which of several products is the fastest changes no number, and takes minutes to find out."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "FASTEST", {"freezing": True})
+        yield
+
+
+def made(kind, dtype=torch.float64, **more):
+    torch.manual_seed(3)
+    model = GPT(GPTConfig(n_layer=2, **SIZES | more)) if kind == "gpt" else \
+        BART(BARTConfig(n_encoder_layer=1, n_decoder_layer=2, **SIZES | more))
+    return rough(model).to(dtype).eval()
+
+
+class Keeping(Chooser):
+    """Chooses, and keeps all logits that it was shown."""
+
+    def __init__(self, limits, **choice):
+        super().__init__(Choice(**choice), limits=limits)
+        self.shown = []
+        self.watch = lambda logits, rows, which: self.shown.append(logits.clone())
+
+
+def decoded(model, make, prompts, n, leave=None, **choice):
+    """All logits of a decoding of `prompts`, of which row `leave` ends after three tokens, and its texts."""
+    bart = model.config.is_encoder_decoder
+    sources, rows = (prompts, [[2]] * len(prompts)) if bart else (None, prompts)
+    limits = [len(row) + (3 if r == leave else n) for r, row in enumerate(rows)]
+    choose, texts = Keeping(limits, **choice), [list(row) for row in rows]
+    step = make(model, sources, len(rows), max(limits), choose)
+    for found in program.loop(step, rows, limits, lambda r, row: False):
+        for text, ids in zip(texts, found):
+            text += ids
+    return choose.shown, texts
+
+
+def prompts_of(*lengths):
+    return [[(7 * n + 3 * i) % 59 + 2 for i in range(n)] for n in lengths]
+
+
+@pytest.mark.parametrize("kind, pattern", [("gpt", "full"), ("bart", "full"), ("gpt", "local:5")])
+def test_logits_are_those_of_the_plain_step_and_there_is_one_graph(kind, pattern):
+    model, graphs = made(kind, pattern=pattern), set()
+    for lengths, n, leave in [((4, 9), 20, None), ((5, 2), 12, 1), ((12, 3), 31, 0), ((7, 7), 9, None)]:
+        before = counters["stats"]["unique_graphs"]
+        expected, texts = decoded(model, program.cached, prompts_of(*lengths), n, leave)
+        found, ours = decoded(model, compiled, prompts_of(*lengths), n, leave)
+        assert ours == texts and len(found) == len(expected) == n
+        assert max((a - b).abs().max().item() for a, b in zip(found, expected)) <= 1e-10
+        graphs.add((kind == "bart" and lengths[0] == lengths[1], counters["stats"]["unique_graphs"] - before))
+    # sources of one length have no mask, so BART has two steps; nothing else is compiled again
+    assert sorted(n for _, n in graphs) == ([0, 1, 1] if kind == "bart" else [0, 1])
+
+
+@pytest.mark.parametrize("options", [dict(repetition_penalty=1.4, no_repeat_ngram=2),
+                                     dict(temperature=0.9, seed=5, num_samples=2, top_k=9)], ids=["rules", "samples"])
+def test_rules_and_draws_are_those_of_the_plain_step(options):
+    model, prompts = made("bart"), prompts_of(6, 3)
+    assert generate(model, prompts, 15, strategy=compiled, **options) == generate(model, prompts, 15, **options)
+
+
+def test_weights_that_change_are_not_the_frozen_ones():
+    model, prompts = made("gpt"), prompts_of(4, 4)
+    before = generate(model, prompts, 9, strategy=compiled)
+    with torch.no_grad():
+        model.h[1].mlp.c_fc.weight.mul_(-3)
+    assert generate(model, prompts, 9, strategy=compiled) == generate(model, prompts, 9) != before
+    model.float()
+    assert generate(model, prompts, 9, strategy=compiled) == generate(model, prompts, 9)
+
+
+def test_two_decodings_at_once_do_not_meet():
+    model, (a, b) = made("gpt"), ([[5, 6, 7], [8]], [[9, 10], [11, 12, 13, 14]])
+    steps = [program.stream(model, prompts, 8, strategy=compiled) for prompts in (a, b)]
+    found = [[], []]
+    for _ in range(8):
+        for texts, step in zip(found, steps):
+            texts.append(next(step))
+    for texts, prompts in zip(found, (a, b)):
+        rows = [[i for ids in column for i in ids] for column in zip(*texts)]
+        assert rows == generate(model, prompts, 8)
+
+
+def test_a_model_that_nobody_holds_is_gone_with_its_code():
+    model = made("gpt", dtype=torch.float32)
+    generate(model, [[3, 4]], 3, strategy=compiled)
+    gone = weakref.ref(model)
+    del model
+    torch._dynamo.reset()
+    gc.collect()
+    assert gone() is None
+
+
+@torch.inference_mode()
+def test_the_step_that_chooses_finds_what_the_loop_finds_and_waits_at_the_end():
+    for kind in "gpt", "bart":
+        model, prompts = made(kind), prompts_of(5, 3)
+        sources, rows = (prompts, [[2], [2]]) if kind == "bart" else (None, prompts)
+        expected = [row + new for row, new in zip(rows, generate(model, prompts, 12, n_vocab=50))]
+        memory, cache = project(model, *encode(model, sources)), model.new_cache(2, 20)
+        ids, at = torch.zeros(2, 21, dtype=torch.long), torch.tensor([[len(row) - 1] for row in expected])
+        first = advance(model, rows, cache, memory)[:, 0, :50].argmax(-1)
+        at = torch.tensor([[len(row)] for row in rows])
+        ids.scatter_(1, at, first[:, None])
+        finite = torch.tensor([True, True])
+        for _ in range(40):
+            greedy(model, ids, at, cache, memory, finite, 50)
+        for row, text, own in zip(rows, expected, ids.tolist()):
+            assert own[len(row) : len(text)] == text[len(row) :]
+        assert at.tolist() == [[19], [19]] and finite.all()
+        model.lm_head.weight[3, 0] = torch.nan  # of a row of the head: every score of that id is none
+        greedy(model, ids, at, cache, memory, finite, 50)
+        assert not finite.any()
+
+
+@torch.inference_mode()
+def test_a_memory_with_room_is_the_memory():
+    model = made("bart")
+    for prompts in prompts_of(6, 6), prompts_of(6, 3):
+        memory = project(model, *encode(model, prompts))
+        room = padded(memory, 16)
+        assert room.key_pos.shape == (2, 16) and (room.key_pos[:, 6:] == NOWHERE).all() and padded(memory, 6) is memory
+        ids = torch.tensor([[2, 7], [2, 9]])
+        assert (model.features(ids, room) - model.features(ids, memory)).abs().max() <= 1e-10
+
+
+def test_buffers_come_in_a_few_sizes():
+    assert [module.bucket(n, 1000) for n in (1, 64, 65, 128, 513, 999)] == [64, 64, 128, 128, 1000, 1000]
+
+
+def test_without_a_compiler_it_is_refused_in_a_line(tiny_gpt, monkeypatch):
+    import torch._inductor.cpp_builder as builder
+    monkeypatch.setattr(builder, "get_cpp_compiler", lambda: 1 / 0)
+    done = call(program.main, "--model", tiny_gpt.path, "--prompt", "the", "--device", "cpu", "--compile")
+    assert done.code == 2 and "install g++" in done.err and done.err.count("\n") == 1
+
+
+def test_on_the_command_line_it_writes_the_same(tiny_gpt):
+    args = "--model", tiny_gpt.path, "--prompt", "the", "--device", "cpu", "--max-new-tokens", 12, "--ignore-eos"
+    plain, ours = call(program.main, *args), call(program.main, *args, "--compile")
+    assert ours.code == plain.code == 0 and ours.out == plain.out and not ours.err
+
+
+def test_a_text_does_not_slide():
+    with pytest.raises(ValueError, match="does not let it slide"):
+        generate(made("gpt"), [[3] * 40], 20, strategy=compiled, overflow="slide")
