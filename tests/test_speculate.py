@@ -17,9 +17,10 @@ from compare import compare, first_difference, measure
 from conftest import GPT_TOML, call, train_run
 from cost import count
 from further import speculate
-from further.speculate import GUESSES, examples_draft, given, look_up, lookup, lookup_draft, speculative
-from generate import cached, generate, loop, stream
+from further.speculate import GUESSES, examples_draft, find, given, look_up, lookup, lookup_draft, speculative
+from generate import cached, find_strategy, generate, loop, stream
 from model import BART, GPT, BARTConfig, GPTConfig
+from plumbing.checks import prepare
 from plumbing.errors import NonFiniteError, UserError
 from plumbing.examples import Examples
 from plumbing.report import comparison_table
@@ -79,10 +80,21 @@ def random_case(seed, kind):
     return rng, model, prompts, M, options, {**sizes, "block_size": sizes["block_size"] + rng.randint(0, 3)}
 
 
-def outcome(model, prompts, M, passes, **options):
+def outcome(model, prompts, M, passes, strategy="cached", speculate=None, **options):
     """Ids and their logits, or the error that ended it; what each pass found is appended to passes."""
+    def make(*request):
+        step = (find(model, speculate) if speculate else find_strategy(model, strategy))(*request)
+
+        def noted(rows, which):
+            passes.append([[] for _ in rows])
+            kept = lambda own, ids: (own.append(i) or i for i in ids)
+            return list(map(kept, passes[-1], step(rows, which)))
+
+        return noted
+
     try:
-        return measure(model, lambda: (passes.append(found) or found for found in stream(model, prompts, M, **options)))[1:3]
+        given = prepare(model, prompts, M, options.get("decoder_prompts"))
+        return measure(model, make, given, prompts, M, **options)[1:3]
     except NonFiniteError as error:
         return str(error)
 
