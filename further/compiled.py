@@ -111,6 +111,10 @@ class Buffers:
         args = self.ids, self.at, self.cache, self.memory
         step, more = (steps(model).greedy, (self.finite, n_vocab)) if inside else (steps(model).logits, ())
         self.step = lambda: step(*args, *more)
+        # torch.compile would give up on a function after so many versions, as of something that never settles; here
+        # every one of them is another model, or another number of rows
+        with torch._dynamo.config.patch(recompile_limit=2**20, accumulated_recompile_limit=2**20):
+            self.step()  # on nobody's text
         if device.type == "cuda":
             self.step = captured(self.step)
 
@@ -142,11 +146,11 @@ class Buffers:
 
 
 def captured(step):
-    """What a step launches on a GPU, as one graph. It runs a few times first, on nobody's text."""
+    """What a step launches on a GPU, as one graph."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(3):  # what is compiled or set up once is not part of it
+        for _ in range(3):  # what is set up once, on this stream, is not part of it
             step()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()

@@ -28,6 +28,14 @@ def no_trials():
         yield
 
 
+@pytest.fixture
+def no_code(monkeypatch):
+    """Steps are traced as ever, and what was traced runs as it is: for what does not depend on the code made of it."""
+    make = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, fullgraph, options: make(function, fullgraph=fullgraph,
+                                                                                    backend="eager"))
+
+
 def made(kind, dtype=torch.float64, **more):
     torch.manual_seed(3)
     model = GPT(GPTConfig(n_layer=2, **SIZES | more)) if kind == "gpt" else \
@@ -77,7 +85,7 @@ def test_logits_are_those_of_the_plain_step_and_there_is_one_graph(kind, pattern
 
 @pytest.mark.parametrize("options", [dict(repetition_penalty=1.4, no_repeat_ngram=2),
                                      dict(temperature=0.9, seed=5, num_samples=2, top_k=9)], ids=["rules", "samples"])
-def test_rules_and_draws_are_those_of_the_plain_step(options):
+def test_rules_and_draws_are_those_of_the_plain_step(options, no_code):
     model, prompts = made("bart"), prompts_of(6, 3)
     assert generate(model, prompts, 15, strategy=compiled, **options) == generate(model, prompts, 15, **options)
 
@@ -92,7 +100,15 @@ def test_weights_that_change_are_not_the_frozen_ones():
     assert generate(model, prompts, 9, strategy=compiled) == generate(model, prompts, 9)
 
 
-def test_two_decodings_at_once_do_not_meet():
+def test_there_may_be_many_models_and_batches(no_code):
+    for n in range(4):  # torch.compile's own limit is eight versions
+        model = made("gpt", n_embd=8 * (n + 1), n_kv_head=4)
+        for rows in 1, 2, 3:
+            prompts = prompts_of(*range(3, 3 + rows))
+            assert generate(model, prompts, 4, strategy=compiled) == generate(model, prompts, 4)
+
+
+def test_two_decodings_at_once_do_not_meet(no_code):
     model, (a, b) = made("gpt"), ([[5, 6, 7], [8]], [[9, 10], [11, 12, 13, 14]])
     steps = [program.stream(model, prompts, 8, strategy=compiled) for prompts in (a, b)]
     found = [[], []]
