@@ -25,7 +25,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 TESTS = ["tests/test_attention.py", "tests/test_schedules.py", "tests/test_model.py", "tests/test_generate.py",
          "tests/test_sampling.py", "tests/test_concat.py", "tests/test_sparse.py", "tests/test_gqa.py",
          "tests/test_quality.py", "tests/test_samples.py", "tests/test_session.py", "tests/test_serve.py",
-         "tests/test_beam.py", "tests/test_speculate.py"]
+         "tests/test_beam.py", "tests/test_speculate.py", "tests/test_compiled.py"]
 MUTANTS = {}
 
 
@@ -1145,6 +1145,44 @@ def a_pass_finds_no_more_than_was_guessed():
     @around(speculate, "accepted")
     def accepted(original, choose, logits, row, r, guesses, drawn):
         return original(choose, logits[:-1], row, r, guesses, drawn) if guesses else original(choose, logits, row, r, [], [])
+
+
+def compiled_module():
+    from further import compiled
+    return compiled
+
+
+@mutant
+def weights_stay_frozen_when_they_change():
+    compiled = compiled_module()
+    replace(compiled, "weights", lambda original: lambda model: [])
+
+
+@mutant
+def compiled_samples_share_one_row_of_the_cache():
+    compiled = compiled_module()
+
+    @around(compiled.Buffers, "prefill")
+    def prefill(original, self, model, rows, n, memory):
+        logits = original(self, model, rows, n, memory)
+        self.cache.reorder([0] * len(rows))
+        return logits
+
+
+@mutant
+def padding_of_a_compiled_memory_is_seen():
+    compiled = compiled_module()
+    compiled.NOWHERE = 0
+
+
+@mutant
+def a_compiled_step_enters_one_position_late():
+    compiled = compiled_module()
+
+    @around(compiled.Buffers, "enter")
+    def enter(original, self, rows):
+        original(self, rows)
+        self.at.add_(1).clamp_(max=self.ids.size(1) - 2)
 
 
 # -----------------------------------------------------------------------------

@@ -94,9 +94,9 @@ def test_weights_that_change_are_not_the_frozen_ones():
     model, prompts = made("gpt"), prompts_of(4, 4)
     before = generate(model, prompts, 9, strategy=compiled)
     with torch.no_grad():
-        model.h[1].mlp.c_fc.weight.mul_(-3)
+        model.h[1].mlp.c_fc.weight.mul_(-3)  # as an optimizer does
     assert generate(model, prompts, 9, strategy=compiled) == generate(model, prompts, 9) != before
-    model.float()
+    model.h[0].mlp.c_fc.weight.data = model.h[0].mlp.c_fc.weight * -2  # as to() does
     assert generate(model, prompts, 9, strategy=compiled) == generate(model, prompts, 9)
 
 
