@@ -33,6 +33,7 @@ from torch.nn import functional as F
 from plumbing.weights import load_pretrained, save_pretrained
 
 LEVELS = 127  # of either sign; -128 is left out, so that two products of 7 and 8 bits fit the kernel's 16
+ENDS = torch.tensor([-1.0, 1.0])
 
 
 class Int8Linear(nn.Module):
@@ -75,9 +76,8 @@ class Int8Linear(nn.Module):
         greatest number. So every row is first divided by its largest one, and -1 and 1 stand behind it, where the
         weights are 0: the levels are the same for every row, and what one row gives does not depend on the others.
         """
-        size = x.abs().amax(1, keepdim=True).clamp(min=torch.finfo().tiny)
-        ends = torch.tensor([-1.0, 1.0]).expand(len(x), 2)
-        x = torch.cat([(x / size).nan_to_num(), ends], 1)  # the kernel refuses what is no number; size still holds it
+        size = x.abs().amax(1, keepdim=True)
+        x = torch.cat([(x / size).nan_to_num(), ENDS.expand(len(x), 2)], 1)  # what is no number is refused: size has it
         return torch.ops.quantized.linear_dynamic(x, self.packed, True) * size  # True: 7 bits, or sums overflow
 
     @cached_property

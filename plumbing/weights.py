@@ -352,7 +352,7 @@ def settle_embeddings(fmt, config, stored):
     names = [fmt.table[ours][0] for ours in ["wte.weight", *TIED] if ours in fmt.table]
     if config.tie_weights:
         found = [stored.pop(name) for name in dict.fromkeys([fmt.shared, *names])
-                 if name in stored and stored[name].dtype in FLOATS]
+                 if name in stored and stored[name].dtype != "I8"]
         stored.update((fmt.shared, x) for x in found[:1])
         return found[1:]
     if fmt.shared in stored:
