@@ -23,7 +23,7 @@ from plumbing.weights import Uninitialised
 
 
 class Products:
-    """What products take on a device, each measured when first asked for: those of linears of a kind, and plain ones."""
+    """What products take on a device, each measured when first asked for: of linears of a kind, or plain."""
 
     def __init__(self, dtype, device, kind=nn.Linear):
         self.dtype, self.device, self.kind, self.measured = dtype, device, kind, {}

@@ -3,7 +3,7 @@ Weights as whole numbers of 8 bits: a quarter of the bytes, so that a decode ste
 of input, takes about half the time.
 
     python generate.py --model out/gpt-tiny --prompt "The if statement" --quantize int8
-    python -m further.quantize out/gpt-tiny out/gpt-tiny-int8       # a directory that --model opens
+    python -m further.quantize out/gpt-tiny out/gpt-tiny-int8 --source pydoc     # a directory that --model opens
 
 The matrix W (out, in) of a linear becomes whole numbers Q from -127 to 127 and one scale s for each of its outputs,
 W ~ diag(s) Q with s = max |W| / 127 along the row, so no weight moves by more than s / 2 (Dettmers et al. 2022,
@@ -11,15 +11,17 @@ W ~ diag(s) Q with s = max |W| / 127 along the row, so no weight moves by more t
 embedding is only looked up. A linear stands where a linear stood, so whatever decodes, counts or compares goes on.
 
 In fp64 products are exactly those with s Q. In fp32 and bf16 an x86 CPU multiplies whole numbers, for which the input
-is rounded as well, each row of it to 127 levels: that is where the speed comes from, and most of the error. The second
-command says what both cost: logits and loss of the last tenth of --text, or of what the model writes itself.
+is rounded as well, each row of it to 127 levels: that is where the speed comes from, and most of the error. With
+--source, the second command says what either costs on held-out text: logits, and loss.
 """
 
+import copy
 import math
 import os
-import sys
 import warnings
 from functools import cached_property
+from itertools import islice
+from pathlib import Path
 
 from plumbing.errors import Parser, UserError, guard_imports, run
 
@@ -30,10 +32,14 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
+from plumbing.data import IGNORE, DataConfig, load_data
+from plumbing.report import aligned
 from plumbing.weights import load_pretrained, save_pretrained
+from train import loss_sum
 
 LEVELS = 127  # of either sign; -128 is left out, so that two products of 7 and 8 bits fit the kernel's 16
 ENDS = torch.tensor([-1.0, 1.0])
+BATCHES = 100  # of eight held-out rows, at most
 
 
 class Int8Linear(nn.Module):
@@ -62,10 +68,11 @@ class Int8Linear(nn.Module):
 
     def forward(self, x):
         kernels = x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
+        rows = x.flatten(0, -2)
         if kernels and torch.compiler.is_compiling():  # what is packed for the other kernel cannot be traced
-            y = torch._weight_int8pack_mm(x.flatten(0, -2), self.weight, self.scale.to(x.dtype)).unflatten(0, x.shape[:-1])
+            y = torch._weight_int8pack_mm(rows, self.weight, self.scale.to(x.dtype)).unflatten(0, x.shape[:-1])
         elif kernels and torch.backends.quantized.engine == "x86":
-            y = self.whole(x.flatten(0, -2).float()).to(x.dtype).unflatten(0, x.shape[:-1])
+            y = self.whole(rows.float()).to(x.dtype).unflatten(0, x.shape[:-1])
         else:
             y = F.linear(x, self.weight.to(x.dtype)) * self.scale.to(x.dtype)
         return y if self.bias is None else y + self.bias
@@ -112,20 +119,54 @@ def quantize(model):
     return model
 
 
-def check(path):
-    """Raise UserError if there is something at a path already."""
-    if os.path.lexists(path):
-        raise UserError(f"{path} is there already: name another directory")
+# -----------------------------------------------------------------------------
+# What it costs
+
+
+@torch.no_grad()
+def held_out(models, batches):
+    """
+    Of each of some models: the mean loss over the labels that count, in nats; how far its logits are from those of the
+    first one, as a root mean square, and at most. batches: of (inputs, labels), as train.py has them.
+    """
+    sums, labelled, numbers = [[0.0, 0.0, 0.0] for _ in models], 0, 0
+    for inputs, labels in batches:
+        first, counts = None, labels != IGNORE
+        for i, model in enumerate(models):
+            loss, logits = loss_sum(model, inputs, labels)
+            logits = logits[counts].double()  # (n, V)
+            first = logits if first is None else first
+            apart, (losses, squares, most) = (logits - first).abs(), sums[i]
+            sums[i] = losses + loss.item(), squares + apart.square().sum().item(), max(most, apart.max().item())
+        labelled, numbers = labelled + counts.sum().item(), numbers + first.numel()
+    return [(losses / labelled, math.sqrt(squares / numbers), most) for losses, squares, most in sums]
 
 
 def main(args=None):
     parser = Parser(prog="further.quantize", description=__doc__)
-    parser.add_argument("model", metavar="DIR_OR_NAME", help="a Hugging Face directory, a run, or a name on the hub")
-    parser.add_argument("output", metavar="OUT", help="where the model is written, which must not be there yet")
+    add = parser.add_argument
+    add("model", metavar="DIR_OR_NAME", help="a Hugging Face directory, a run, or a name on the hub")
+    add("output", metavar="OUT", help="where the model is written, which must not be there yet")
+    add("--source", help="data.source of a configuration, of whose held-out tenth is said what it costs there")
     args = parser.parse_args(args)
-    check(args.output)
+    if os.path.lexists(args.output):
+        raise UserError(f"{args.output} is there already: name another directory")
     model, tokenizer = load_pretrained(args.model)
-    save_pretrained(args.output, quantize(model), tokenizer)
+    if isinstance(model.lm_head, Int8Linear):
+        raise UserError(f"{args.model} is of whole numbers already: --model opens it as it is")
+    data = args.source and load_data(DataConfig(args.source), seq2seq=model.config.is_encoder_decoder,
+                                     tokenizer=tokenizer)[0]
+    whole = quantize(copy.deepcopy(model))
+    save_pretrained(args.output, whole, tokenizer)
+    linears = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
+    size = Path(args.output, "model.safetensors").stat().st_size
+    print(f"{args.output}: {linears:,} weights of linears as int8; {size:,} bytes, of which the embedding has "
+          f"{model.wte.weight.nbytes:,}")
+    if data:
+        models = {"as it was": model, "weights rounded": copy.deepcopy(whole).double(), "as it runs here": whole}
+        found = held_out(models.values(), islice(data.val_batches(8, model.config.block_size), BATCHES))
+        rows = [[name, f"{loss:.5f}", f"{rms:.1e}", f"{most:.1e}"] for name, (loss, rms, most) in zip(models, found)]
+        print(aligned([["", "held-out loss", "logits differ by (rms)", "at most"], *rows]))
 
 
 if __name__ == "__main__":

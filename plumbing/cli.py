@@ -92,7 +92,7 @@ def add_arguments(parser):
     add("--json", action="store_true", help="for machines: one JSON object a line")
     add("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda or mps")
     add("--dtype", choices=sorted(DTYPES), help="of the weights; default: as in the file")
-    add("--quantize", choices=["int8"], help="keep the weights of linears as whole numbers of 8 bits: further/quantize.py")
+    add("--quantize", choices=["int8"], help="hold the weights of linears as whole numbers: further/quantize.py")
     add("--seed", type=WHOLE, help="of what is drawn; default: different every time")
     # not every program has them
     parser.set_defaults(random=None, prompt_tokens=None, rows=1, stats=False, no_stream=False, stop=[], chat=False,

@@ -494,7 +494,8 @@ def save_pretrained(directory, model, tokenizer=None):
         if config["model_type"] == fmt.their_type and fmt.shared not in tensors:  # untied
             tensors[fmt.shared] = model.wte.weight.detach().cpu().clone()
         if odd := [f"{name} {x.dtype}" for name, x in tensors.items() if x.dtype not in DTYPES.values()]:
-            raise UserError(f"cannot save {odd[0]}: only floating-point numbers and int8; register a buffer as not persistent")
+            raise UserError(f"cannot save {odd[0]}: only floating-point numbers and int8; register a buffer as not "
+                            f"persistent")
         save_file(tensors, directory / ".model.safetensors", {"format": "pt"})
         os.replace(directory / ".model.safetensors", directory / "model.safetensors")
         ids = {key: value for key, value in config.items() if key.endswith("_token_id")}
