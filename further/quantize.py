@@ -53,6 +53,7 @@ class Int8Linear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.register_buffer("weight", torch.zeros(out_features, in_features, dtype=torch.int8))
         self.register_buffer("scale", torch.zeros(out_features, dtype=torch.float32))
+        self.register_buffer("ones", torch.ones(out_features), persistent=False)
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
 
     @classmethod
@@ -64,13 +65,14 @@ class Int8Linear(nn.Module):
         new.scale = weight.abs().amax(1) / LEVELS
         new.weight = (weight / new.scale.clamp(min=torch.finfo().tiny)[:, None]).round().to(torch.int8)
         new.bias = linear.bias
-        return new
+        return new.to(linear.weight)
 
     def forward(self, x):
         kernels = x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
         rows = x.flatten(0, -2)
-        if kernels and torch.compiler.is_compiling():  # what is packed for the other kernel cannot be traced
-            y = torch._weight_int8pack_mm(rows, self.weight, self.scale.to(x.dtype)).unflatten(0, x.shape[:-1])
+        if kernels and torch.compiler.is_compiling():  # what is packed for the other kernel cannot be traced, and this
+            y = torch._weight_int8pack_mm(rows, self.weight, self.ones).unflatten(0, x.shape[:-1])  # asks for a buffer
+            y = y * self.scale.to(x.dtype)
         elif kernels and torch.backends.quantized.engine == "x86":
             y = self.whole(rows.float()).to(x.dtype).unflatten(0, x.shape[:-1])
         else:

@@ -168,8 +168,8 @@ def test_what_is_saved_is_loaded_bit_for_bit(cls, tie, tmp_path):
     assert half.wte.weight.dtype == torch.bfloat16
     assert next(module for module in loaded.modules() if isinstance(module, Int8Linear)).weight.is_contiguous()
     numbers = {id(x): x.nbytes for x in whole.state_dict(keep_vars=True).values()}  # tied ones once
-    path = tmp_path / "model.safetensors"
-    assert path.stat().st_size == sum(numbers.values()) + 8 + int.from_bytes(path.read_bytes()[:8], "little")
+    path, shifted = tmp_path / "model.safetensors", 2 * 2 * 24 * 4 * (cls is BART)  # rows that nobody looks up
+    assert path.stat().st_size == sum(numbers.values()) + shifted + 8 + int.from_bytes(path.read_bytes()[:8], "little")
 
 
 @pytest.mark.parametrize("spoil, message", [
