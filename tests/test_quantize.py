@@ -15,6 +15,7 @@ import generate as program
 from conftest import call
 from cost import count
 from further import quantize as command
+from further.gqa import convert
 from further.quantize import Int8Linear, held_out, quantize
 from generate import generate
 from model import BART, GPT, BARTConfig, GPTConfig
@@ -257,3 +258,5 @@ def test_whole_numbers_are_not_rounded_again(tiny_gpt, tmp_path):
     assert call(command.main, tiny_gpt.path, tmp_path / "whole").code == 0
     again = call(command.main, tmp_path / "whole", tmp_path / "again")
     assert again.code == 2 and "already" in again.err and not (tmp_path / "again").exists()
+    with pytest.raises(UserError, match="whole numbers: pool"):
+        convert(load_pretrained(tmp_path / "whole")[0], n_kv_head=1)
