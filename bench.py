@@ -62,7 +62,7 @@ def compare_request(request, names=None):
     check_memory("the copy in fp64 that tells rounding from a bug", model.config, 8, str(model.wte.weight.device))
     makes = {name: find_strategy(model, name) for name in names or strategies(model)}
     result = compare(model, makes, prompts, max_new_tokens, **request.options)
-    products = Products(model.wte.weight.dtype, model.wte.weight.device)
+    products = Products.of(model)
     for one, make in zip(result["strategies"], makes.values()) if result["M"] > 1 else []:
         seconds, step = [took for *_, took in one["steps"]], {tuple(p): times for *p, times in one["products"]}
         one |= explain(model, prompts, products, seconds, step, strategy=make, **request.options)
@@ -95,7 +95,7 @@ def measure_decoding(request):
     seconds = seconds_per_call(model, prompts, max_new_tokens, **request.options)
     if len(seconds) < 2:
         raise UserError(f"--max-new-tokens {max_new_tokens} leaves no decode step after the first token: ask for 2")
-    products = Products(model.wte.weight.dtype, model.wte.weight.device)
+    products = Products.of(model)
     step = cost.step(cost.steps // 2 + 1)
     return dict(strategy="cached", N=len(prompts[0]), prefill_tokens=cost.encoder[1] + cost.decoder[1],
                 first_seconds=seconds[0], bandwidth=bandwidth(products.device),

@@ -16,30 +16,46 @@ from dataclasses import replace
 from statistics import median
 
 import torch
-from torch.nn import functional as F
+import torch.nn as nn
 
-from cost import count
 from generate import stream
+from plumbing.weights import Uninitialised
+
 
 class Products:
-    """What products take on a device, each measured when first asked for."""
+    """What products take on a device, each measured when first asked for: of linears of a kind, or plain."""
 
-    def __init__(self, dtype, device):
-        self.dtype, self.device, self.measured = dtype, device, {}
+    def __init__(self, dtype, device, kind=nn.Linear):
+        self.dtype, self.device, self.kind, self.measured = dtype, device, kind, {}
+        self.plain = self if kind is nn.Linear else Products(dtype, device)  # keys and values are matrices as they are
+        self.itemsize = self.linears(1, 1, 1)[0].weight.itemsize
         self.queued = 1 if self.device.type == "cpu" else 20  # elsewhere many are launched before one has ended
+
+    @classmethod
+    def of(cls, model):
+        """Those of a model: its head tells which kind its linears are."""
+        return cls(model.wte.weight.dtype, model.wte.weight.device, type(model.lm_head))
+
+    def linears(self, n, n_in, n_out):
+        """So many linears of ones."""
+        with torch.device(self.device), Uninitialised():
+            made = [self.kind(n_in, n_out, bias=False).to(self.dtype) for _ in range(n)]
+        for one in made:
+            one.weight.data.fill_(1)
+        return made
 
     @torch.inference_mode()
     def seconds(self, rows, n_in, n_out, among):
         """Of one product (rows, n_in) @ (n_in, n_out), in a step that reads `among` bytes of such matrices in turn."""
-        n = max(1, among // (n_in * n_out * self.dtype.itemsize) * 16 // max(rows, 16))  # many rows: memory can wait
+        n = max(1, among // (n_in * n_out * self.itemsize) * 16 // max(rows, 16))  # many rows: memory can wait
         key = rows, n_in, n_out, n
         if key not in self.measured:
-            matrices = torch.ones(n, n_out, n_in, dtype=self.dtype, device=self.device)
-            x, took = matrices.new_ones(rows, n_in), []
+            linears, took = self.linears(n, n_in, n_out), []
+            x = torch.ones(rows, n_in, dtype=self.dtype, device=self.device)
             while len(took) < 4 or sum(took) < 0.05:
                 start = time.perf_counter()
-                for matrix in [*matrices] * self.queued:
-                    y = F.linear(x, matrix)
+                for linear in linears * self.queued:
+                    y = linear(x)
                 y[0, 0].item()  # waits
                 took.append(time.perf_counter() - start)
             self.measured[key] = median(took[1:]) / n / self.queued
@@ -47,13 +63,17 @@ class Products:
 
     def predict(self, step):
         """Seconds of all products of a step, as Cost.step() has them."""
-        total, among = 0.0, self.dtype.itemsize * read(step)
+        total, among = 0.0, self.read(step)
         for (batch, rows, n_in, n_out), times in step.items():
             if batch is None:
                 total += times * self.seconds(rows, n_in, n_out, among)
             else:  # one call goes through the keys and values of all heads: what counts is how many there are
-                total += times * batch * n_in * n_out / 2**20 * self.seconds(rows, 2**10, 2**10, among)
+                total += times * batch * n_in * n_out / 2**20 * self.plain.seconds(rows, 2**10, 2**10, among)
         return total
+
+    def read(self, step):
+        """Bytes that a step reads of matrices."""
+        return read(step, self.itemsize, self.plain.itemsize)
 
 
 def bandwidth(device):
@@ -61,9 +81,10 @@ def bandwidth(device):
     return 2**26 / Products(torch.float32, device).seconds(1, 2**12, 2**12, 2**28)
 
 
-def read(step):
-    """Numbers in the matrices of a step: weights, keys and values."""
-    return sum((batch or 1) * n_in * n_out * times for (batch, _, n_in, n_out), times in step.items())
+def read(step, weight=1, kept=1):
+    """Numbers in the matrices of a step, or bytes, given those of a number in a weight, and in keys and values."""
+    return sum((batch or 1) * n_in * n_out * times * (kept if batch else weight)
+               for (batch, _, n_in, n_out), times in step.items())
 
 
 def multiply(step):
@@ -73,8 +94,12 @@ def multiply(step):
 
 def narrow(model):
     """The same model with two columns for each head: as many calls, and hardly a number to multiply."""
-    width = 2 * model.config.n_head
-    return type(model)(replace(model.config, n_embd=width, n_inner=width)).to(model.wte.weight)
+    width, kind = 2 * model.config.n_head, type(model.lm_head)
+    small = type(model)(replace(model.config, n_embd=width, n_inner=width))
+    for name, own in list(small.named_modules()):
+        if isinstance(own, nn.Linear):
+            small.set_submodule(name, kind(own.in_features, own.out_features, own.bias is not None))
+    return small.to(model.wte.weight)
 
 
 def seconds_per_call(model, prompts, max_new_tokens, **options):
@@ -94,5 +119,5 @@ def explain(model, prompts, products, seconds, step, **options):
     few, endless = min(len(seconds), 9), dict(ignore_eos=True, stop=())  # an end that it wrote would mean nothing
     calls = median(seconds_per_call(narrow(model), prompts, few, **options | endless)[1:])
     return dict(batch_size=len(prompts), step_seconds=median(seconds[1:]), call_seconds=calls,
-                product_seconds=products.predict(step), step_bytes=products.dtype.itemsize * read(step),
+                product_seconds=products.predict(step), step_bytes=products.read(step),
                 step_flops=multiply(step))

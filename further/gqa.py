@@ -74,6 +74,8 @@ def convert(model, way=mean, **kv_heads):
     """
     for name in kv_heads.keys() - {field.name for field in fields(model.config)}:
         raise UserError(f"{name}={kv_heads[name]} is for a BART, and this is a {type(model).__name__}: use n_kv_head")
+    if not model.lm_head.weight.is_floating_point():
+        raise UserError("the weights of this model are whole numbers: pool the one that it was made of")
     config = replace(model.config, **kv_heads)
     config.validate()
     for role in ROLES:

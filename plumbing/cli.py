@@ -5,6 +5,7 @@ import os
 import random
 import sys
 from dataclasses import dataclass, field, replace
+from importlib import import_module
 
 import torch
 
@@ -95,6 +96,7 @@ def add_arguments(parser):
     add("--dtype", choices=sorted(DTYPES), help="of the weights; default: as in the file")
     add("--compile", action="store_true", help="compile the decode step first, seconds to a minute: worth its wait for "
         "long or many texts, see further/compiled.py")
+    add("--quantize", choices=["int8"], help="hold the weights of linears as whole numbers: further/quantize.py")
     add("--seed", type=WHOLE, help="of what is drawn; default: different every time")
     # not every program has them
     parser.set_defaults(random=None, prompt_tokens=None, rows=1, stats=False, no_stream=False, stop=[], chat=False,
@@ -252,12 +254,16 @@ def load(args):
     device, dtype = pick_device(args.device), DTYPES.get(args.dtype)
     if args.random is not None:
         set_seed(args.seed or 0)
-        return random_model(args.random, dtype or torch.float32, device, args.overrides), None, {}
+        return quantized(args, random_model(args.random, dtype or torch.float32, device, args.overrides)), None, {}
     directory = locate(args.model)
     tokenizer, model = load_tokenizer(directory), load_model(directory, dtype, device)
     if tokenizer is None:
         raise UserError(f"{args.model} has no tokenizer: put its vocab.json and merges.txt (or tokenizer.json) there")
-    return model, tokenizer, load_generation_config(directory)
+    return quantized(args, model), tokenizer, load_generation_config(directory)
+
+
+def quantized(args, model):
+    return import_module("further.quantize").quantize(model) if args.quantize else model
 
 
 def load_draft(args, model, tokenizer):

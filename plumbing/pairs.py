@@ -100,6 +100,8 @@ def check(args):
     request = cli.read(args)
     if args.section == "beams" and request.technique != "beams":
         raise UserError("beams needs a number of beams above 1: give --beams N")
+    if args.section == "beams" and args.quantize:
+        raise UserError(f"--quantize {args.quantize}: transformers cannot open such a model; leave it out")
     if args.section == "beams" and args.random is None:
         raise UserError(f"beams with --model {args.model}: what its publishers ask for is not handed to transformers; "
                         f"give --random CONFIG")

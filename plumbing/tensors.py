@@ -17,7 +17,8 @@ from safetensors import SafetensorError, safe_open
 
 from plumbing.errors import UserError
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = FLOATS | {"I8": torch.int8}
 MAX_HEADER = 2**21  # bytes of a safetensors header; GPT-2 XL's has 60 thousand
 PIECE = 2**20       # numbers that are read at once
 READERS = 4         # threads that read: one alone cannot use the bandwidth of the memory

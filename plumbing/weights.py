@@ -12,6 +12,7 @@ import re
 import sys
 from collections import namedtuple
 from dataclasses import fields
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ from plumbing import config as configs
 from plumbing.errors import UserError
 from plumbing.files import read_json, write_json
 from plumbing.manifests import MANIFEST, newest, verify
-from plumbing.tensors import DTYPES, read_header, read_tensor, side_by_side
+from plumbing.tensors import DTYPES, FLOATS, read_header, read_tensor, side_by_side
 from plumbing.tokenizers import load_tokenizer
 
 # -----------------------------------------------------------------------------
@@ -132,7 +133,7 @@ MAX_SIZE = 2**28  # of any number in a config: beyond every model, and products 
 OPTIONAL = "final_logits_bias"  # models saved without their head lack it
 MASK = re.compile(r"\.attn\.(bias|masked_bias)$")  # old GPT-2 files hold causal masks, not to be taken for c_attn.bias
 WRITTEN = {"model_type", "architectures", "dtype", "comment", "n_ctx", "bos_token_id", "pad_token_id",
-           "forced_eos_token_id"}  # what we write into a config.json besides fields
+           "forced_eos_token_id", "quantization"}  # what we write into a config.json besides fields
 
 
 def published(fmt, config):
@@ -220,9 +221,19 @@ def read_config(directory):
         config = fmt.model.get_default_config()
         read_fields(fmt, raw, own, config)
         config.validate()
+        make = made(fmt.model, raw.get("quantization")) if own else fmt.model
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    return fmt, own, config
+    return fmt._replace(model=make), own, config
+
+
+def made(cls, quantization):
+    """What makes a model of a class, given its configuration, with its linears as a config.json says."""
+    if quantization is None:
+        return cls
+    if quantization != "int8":
+        raise UserError(f"quantization is {quantization!a:.60}, and only \"int8\" is known here")
+    return lambda config: import_module("further.quantize").quantize(cls(config))
 
 
 def saved_class(fmt, raw):
@@ -290,6 +301,8 @@ def write_config(fmt, model):
     raw = {"model_type": fmt.our_type if own else fmt.their_type,
            "architectures": [f"MinDecode{type(model).__name__}" if own else fmt.architecture],
            "dtype": str(next(model.parameters()).dtype).removeprefix("torch.")}
+    if not model.lm_head.weight.is_floating_point():
+        raw["quantization"] = str(model.lm_head.weight.dtype).removeprefix("torch.")
     if own:
         more = f" and {len(own) - 4} more" if len(own) > 4 else ""
         raw["comment"] = f"needs minDecode: unlike {fmt.architecture} in {', '.join(own[:4])}{more}"
@@ -333,11 +346,13 @@ def read_headers(directory, fmt, own):
 def settle_embeddings(fmt, config, stored):
     """
     Leave in `stored` the embeddings that a model of this config has. Tied, they are one, under any of their names;
-    the others are returned, and must hold the same. Untied, the shared one stands in where another is missing.
+    the others are returned, and must hold the same. Untied, the shared one stands in where another is missing. A head
+    of whole numbers is its own.
     """
     names = [fmt.table[ours][0] for ours in ["wte.weight", *TIED] if ours in fmt.table]
     if config.tie_weights:
-        found = [stored.pop(name) for name in dict.fromkeys([fmt.shared, *names]) if name in stored]
+        found = [stored.pop(name) for name in dict.fromkeys([fmt.shared, *names])
+                 if name in stored and stored[name].dtype != "I8"]
         stored.update((fmt.shared, x) for x in found[:1])
         return found[1:]
     if fmt.shared in stored:
@@ -348,15 +363,19 @@ def settle_embeddings(fmt, config, stored):
 
 
 def compare(directory, stored, expected):
-    """Raise one UserError that lists all that a file lacks, has too much, or has in another form than {name: shape}."""
+    """
+    Raise one UserError that lists all that a file lacks, has too much, or has in another form than {name: tensor}; None
+    stands for any.
+    """
     both = stored.keys() & expected.keys()
+    whole = {name for name in both if expected[name] is not None and expected[name].dtype == torch.int8}
+    wrong = lambda names, dtypes: [f"{name} {stored[name].dtype}" for name in names if stored[name].dtype not in dtypes]
     faults = {
         "missing": expected.keys() - stored.keys() - {OPTIONAL},
         "unexpected": stored.keys() - expected.keys(),
-        f"not {'/'.join(DTYPES)}": [f"{name} {stored[name].dtype}" for name in both
-                                    if stored[name].dtype not in DTYPES],
-        "of another shape": [f"{name} {stored[name].shape} instead of {expected[name]}" for name in both
-                             if expected[name] not in (None, stored[name].shape)]}
+        f"not {'/'.join(FLOATS)}": wrong(both - whole, FLOATS), "not I8": wrong(both & whole, ["I8"]),
+        "of another shape": [f"{name} {stored[name].shape} instead of {tuple(expected[name].shape)}" for name in both
+                             if expected[name] is not None and expected[name].shape != stored[name].shape]}
     told = [f"{what} {', '.join(name[:160] for name in sorted(names)[:4])}"
             + (f", ... {len(names) - 4} more" if len(names) > 4 else "") for what, names in faults.items() if names]
     if told:
@@ -381,7 +400,7 @@ def empty_model(directory, fmt, own, config, stored):
         compare(directory, stored, {name: None for names, *_ in published(fmt, config).values() for name in names})
     with torch.device("meta"), Uninitialised():
         model = fmt.model(config)
-    compare(directory, stored, {name: tuple(x.shape) for name, x in export(fmt, model).items()})
+    compare(directory, stored, export(fmt, model))
     return model
 
 
@@ -437,8 +456,7 @@ def load_model(directory, dtype=None, device="cpu"):
     stored = read_headers(directory, fmt, own)
     others = settle_embeddings(fmt, config, stored)
     model = empty_model(directory, fmt, own, config, stored)
-    parts = list(entries(fmt, model))
-    embedding = stored[parts[0][2][0]]
+    embedding = stored[next(entries(fmt, model))[2][0]]
     stored_dtype = DTYPES[embedding.dtype]
     for x in others:
         alike = (x.dtype, x.shape) == (embedding.dtype, embedding.shape)
@@ -446,14 +464,15 @@ def load_model(directory, dtype=None, device="cpu"):
             raise UserError(f"{directory}: config.json ties the embeddings, but the file holds different ones; set "
                             f"tie_word_embeddings to false there, or keep one")
     dtype = dtype or stored_dtype
+    parts = list(entries(fmt, model.to(dtype)))  # but for what keeps a type of its own
 
     def read(entry):
         ours, empty, theirs, how = entry
         if theirs[0] in stored:
-            x = how.load(read_tensor([stored[name] for name in theirs], dtype, device))
-            x = x.contiguous() if x.is_cuda else x  # there a copy costs nothing
+            x = how.load(read_tensor([stored[name] for name in theirs], empty.dtype, device))
+            x = x if x.is_floating_point() and not x.is_cuda else x.contiguous()  # there a copy costs nothing
         else:  # compare() lets only the head's bias be missing
-            x = torch.zeros(empty.shape, dtype=dtype, device=device)
+            x = torch.zeros(empty.shape, dtype=empty.dtype, device=device)
         return dict.fromkeys(ours, torch.nn.Parameter(x) if isinstance(empty, torch.nn.Parameter) else x)
 
     state = {name: x for found in side_by_side(read, parts) for name, x in found.items()}
@@ -475,7 +494,8 @@ def save_pretrained(directory, model, tokenizer=None):
         if config["model_type"] == fmt.their_type and fmt.shared not in tensors:  # untied
             tensors[fmt.shared] = model.wte.weight.detach().cpu().clone()
         if odd := [f"{name} {x.dtype}" for name, x in tensors.items() if x.dtype not in DTYPES.values()]:
-            raise UserError(f"cannot save {odd[0]}: only floating-point numbers; register a buffer as not persistent")
+            raise UserError(f"cannot save {odd[0]}: only floating-point numbers and int8; register a buffer as not "
+                            f"persistent")
         save_file(tensors, directory / ".model.safetensors", {"format": "pt"})
         os.replace(directory / ".model.safetensors", directory / "model.safetensors")
         ids = {key: value for key, value in config.items() if key.endswith("_token_id")}

@@ -25,7 +25,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 TESTS = ["tests/test_attention.py", "tests/test_schedules.py", "tests/test_model.py", "tests/test_generate.py",
          "tests/test_sampling.py", "tests/test_concat.py", "tests/test_sparse.py", "tests/test_gqa.py",
          "tests/test_quality.py", "tests/test_samples.py", "tests/test_session.py", "tests/test_serve.py",
-         "tests/test_beam.py", "tests/test_speculate.py", "tests/test_compiled.py"]
+         "tests/test_beam.py", "tests/test_speculate.py", "tests/test_quantize.py", "tests/test_compiled.py"]
 MUTANTS = {}
 
 
@@ -1183,6 +1183,53 @@ def a_compiled_step_enters_one_position_late():
     def enter(original, self, rows):
         original(self, rows)
         self.at.add_(1).clamp_(max=self.ids.size(1) - 2)
+
+
+# -----------------------------------------------------------------------------
+# Whole numbers
+
+
+def quantize_module():
+    from further import quantize
+    return quantize
+
+
+@mutant
+def rows_of_a_matrix_share_one_scale():
+    quantize = quantize_module()
+
+    @around(quantize.Int8Linear, "forward")
+    def forward(original, self, x):
+        self.scale = self.scale.max().expand_as(self.scale)
+        return original(self, x)
+
+
+@mutant
+def a_tied_embedding_is_rounded_with_the_head():
+    quantize = quantize_module()
+
+    @around(quantize, "quantize")
+    def put(original, model):
+        weight = getattr(original(model), "wte").weight
+        weight.data = (weight.data * 64).round() / 64
+        return model
+
+
+@mutant
+def the_head_is_left_as_it_was():
+    quantize = quantize_module()
+
+    @around(quantize, "quantize")
+    def put(original, model):
+        head = model.lm_head
+        original(model).lm_head = head
+        return model
+
+
+@mutant
+def a_copy_multiplies_with_what_was_packed_before():
+    quantize = quantize_module()
+    replace(quantize.Int8Linear, "_load_from_state_dict", lambda original: quantize.nn.Module._load_from_state_dict)
 
 
 # -----------------------------------------------------------------------------
