@@ -14,8 +14,10 @@ What it costs: the first request compiles, which takes seconds to a minute; rows
 no shape may change; a step reads the keys and values of all the room there is. The prompt enters plainly.
 """
 
-import functools
 import weakref
+from contextlib import contextmanager
+from functools import lru_cache, partial
+from types import FunctionType
 
 import torch
 from torch.nn import functional as F
@@ -30,7 +32,6 @@ from sampling import Chooser, check_finite
 RUN = 16    # steps that a GPU is given at once
 LEAST = 64  # positions of the shortest buffer there, where every size is recorded anew
 FASTEST = {"freezing": True, "max_autotune": True, "max_autotune_gemm_backends": "CPP,ATEN"}  # on a CPU
-COMPILED = weakref.WeakKeyDictionary()  # model -> its Steps
 
 # -----------------------------------------------------------------------------
 # The step. ids: (B, length + 1) by position; at: (B, 1), where the newest id of each row stands, which is not stored.
@@ -54,27 +55,36 @@ def greedy(model, ids, at, cache, memory, finite, n_vocab):
 class Steps:
     """The steps of a model with these weights, compiled, and recorded Buffers that no decoding holds at the moment."""
 
-    def __init__(self, model):
-        self.weights, self.idle = weights(model), {}
-        own, options = weakref.ref(model), compiler_options(model.wte.weight.device.type)
-        compile = lambda function: torch.compile(lambda *args: function(own(), *args), fullgraph=True, options=options)
-        self.logits, self.greedy = compile(logits_of), compile(greedy)
+    def __init__(self, model, weights):
+        self.options, self.idle = compiler_options(model.wte.weight.device.type), {}
+        self.logits, self.greedy = (torch.compile(partial(own(step), model), fullgraph=True) for step in (logits_of, greedy))
+
+    @contextmanager
+    def compiling(self):
+        """
+        How everything is compiled. torch.compile would give up on a function after so many versions, as on one that
+        never settles; here every version is another model, or another number of rows.
+        """
+        never = dict.fromkeys(["recompile_limit", "accumulated_recompile_limit"], 2**20)
+        with torch._dynamo.config.patch(never), torch._inductor.config.patch(self.options):
+            yield
 
 
-def weights(model):
-    """What changes when a weight does: frozen ones are part of the compiled code."""
-    return [(x.data_ptr(), x._version, x.dtype) for x in (*model.parameters(), *model.buffers())]
+def own(function):
+    """A copy of a function. What torch.compile makes belongs to the code object, and frozen weights are part of it."""
+    return FunctionType(function.__code__.replace(), function.__globals__)
+
+
+keep = lru_cache(maxsize=2)(Steps)  # the last two: frozen weights take as much memory as a model
 
 
 def steps(model):
-    kept = COMPILED.get(model)
-    if kept is None or kept.weights != weights(model):
-        kept = COMPILED[model] = Steps(model)
-    return kept
+    """Its Steps: other ones when its weights have changed, since frozen ones are part of the code."""
+    return keep(model, tuple((x.data_ptr(), x._version, x.dtype) for x in (*model.parameters(), *model.buffers())))
 
 
 def compiler_options(device):
-    """What torch.compile is told. Raises UserError where it finds no compiler."""
+    """What the compiler is told. Raises UserError where it finds no compiler."""
     if device != "cpu":
         return {}
     from torch._inductor.cpp_builder import get_cpp_compiler
@@ -108,12 +118,10 @@ class Buffers:
         advance(model, [[0]] * B, self.cache, self.memory)  # so that the cache has its buffers
         for x, axis in self.sized():
             torch._dynamo.maybe_mark_dynamic(x, axis)
-        args = self.ids, self.at, self.cache, self.memory
-        step, more = (steps(model).greedy, (self.finite, n_vocab)) if inside else (steps(model).logits, ())
+        args, made = (self.ids, self.at, self.cache, self.memory), steps(model)
+        step, more = (made.greedy, (self.finite, n_vocab)) if inside else (made.logits, ())
         self.step = lambda: step(*args, *more)
-        # torch.compile would give up on a function after so many versions, as of something that never settles; here
-        # every one of them is another model, or another number of rows
-        with torch._dynamo.config.patch(recompile_limit=2**20, accumulated_recompile_limit=2**20):
+        with made.compiling():
             self.step()  # on nobody's text
         if device.type == "cuda":
             self.step = captured(self.step)
