@@ -10,7 +10,7 @@ from torch._dynamo.utils import counters
 import generate as program
 from attention import NOWHERE
 from further import compiled as module
-from further.compiled import FASTEST, compiled, greedy, padded
+from further.compiled import compiled, greedy, padded
 from generate import advance, encode, generate, project
 from model import BART, GPT, BARTConfig, GPTConfig
 from sampling import Choice, Chooser
@@ -32,8 +32,8 @@ def no_trials():
 def no_code(monkeypatch):
     """Steps are traced as ever, and what was traced runs as it is: for what does not depend on the code made of it."""
     make = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda function, fullgraph, options: make(function, fullgraph=fullgraph,
-                                                                                    backend="eager"))
+    monkeypatch.setattr(torch, "compile", lambda function, fullgraph: make(function, fullgraph=fullgraph,
+                                                                           backend="eager"))
 
 
 def made(kind, dtype=torch.float64, **more):
@@ -90,8 +90,7 @@ def test_rules_and_draws_are_those_of_the_plain_step(options, no_code):
     assert generate(model, prompts, 15, strategy=compiled, **options) == generate(model, prompts, 15, **options)
 
 
-def test_weights_that_change_are_not_the_frozen_ones(monkeypatch):
-    monkeypatch.setattr(module, "FASTEST", FASTEST)  # which lays weights out anew: elsewhere frozen ones are the weights
+def test_weights_that_change_are_not_the_frozen_ones():
     model, prompts = made("gpt", torch.float32), prompts_of(4, 4)
     before = generate(model, prompts, 9, strategy=compiled)
     with torch.no_grad():
@@ -120,14 +119,16 @@ def test_two_decodings_at_once_do_not_meet(no_code):
         assert rows == generate(model, prompts, 8)
 
 
-def test_a_model_that_nobody_holds_is_gone_with_its_code():
-    model = made("gpt", dtype=torch.float32)
-    generate(model, [[3, 4]], 3, strategy=compiled)
-    gone = weakref.ref(model)
-    del model
+def test_only_the_last_two_models_are_kept_with_their_code(no_code):
+    def forgotten():
+        model = made("gpt")
+        generate(model, [[3, 4]], 3, strategy=compiled)
+        return weakref.ref(model)
+
+    first, second, third = (forgotten() for _ in range(3))
     torch._dynamo.reset()
     gc.collect()
-    assert gone() is None
+    assert first() is None and second() and third()
 
 
 @torch.inference_mode()
