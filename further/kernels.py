@@ -1,0 +1,265 @@
+"""
+A decode step of one row, or of a few, in four small Triton kernels: how near does it come to the memory's bandwidth?
+
+    python -m further.kernels --random gpt2 --prompt-tokens 32 --max-new-tokens 224
+
+One token needs every weight once, and next to no arithmetic. So a step should take bytes / bandwidth: 58 us for gpt2 in
+bfloat16 on an H200. What keeps it from that is not multiplying but waiting: a kernel begins when the one before it has
+ended, and its first weight arrives a microsecond later. Three ideas, in the order of what they bring:
+
+    fuse        a norm costs less than launching one: each product norms its input, adds bias and residual, applies GELU
+    capture     the host, which needs 10 us to launch a kernel, records all of them once, as a CUDA graph (by the caller)
+    overlap     a kernel starts while the one before it is ending, and asks for its weights, before it waits for its input
+                (programmatic dependent launch, from Hopper on: `gdc_wait`)
+
+Why early loads are safe: a kernel lets the next one start (`gdc_launch_dependents`) only when its own wait is over. So
+while one loads early, the kernel right before it may still be running, and none that is older. Weights are written by
+nobody; what an attention has stored in this layer's cache was stored a step ago.
+
+BART's norms stand after the sums, GPT's before the sublayers. That is one order, if a norm belongs to the product that
+reads it: of BART, what was normed is then the residual, so it is kept (Lewis et al. 2019; Radford et al. 2019).
+
+Shapes: B rows (1 to 4), K columns and N rows of a weight, H heads, KV key/value heads, D head_dim. Sums are in fp32, and so
+is the residual stream.
+"""
+
+from __future__ import annotations  # tl.constexpr below is not looked up where there is no Triton
+
+import math
+from functools import partial
+
+import torch
+
+from attention import NOWHERE, Causal
+from cache import Slots
+from model import BART, GPT
+
+try:
+    import triton
+    import triton.language as tl
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+except ImportError:  # a machine without a GPU: fits() says no
+    triton = None
+
+jit = triton.jit if triton else lambda kernel: kernel
+
+# -----------------------------------------------------------------------------
+# The kernels. A pointer that is None is not there when the kernel is compiled, nor are the lines that use it.
+
+
+@jit
+def wait(PDL: tl.constexpr):
+    """Until the kernel before has ended, and all that it has written can be seen; then the next one may start."""
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+
+
+@jit
+def embed(ids, at, wte, scale, wpe, x, length, AT: tl.constexpr, TIMES: tl.constexpr, C: tl.constexpr, CP: tl.constexpr,
+          PDL: tl.constexpr):
+    """x[row] = wte[newest id] + wpe[its position]. A program does one row."""
+    row, c = tl.program_id(0), tl.arange(0, CP)
+    wait(PDL)
+    p = tl.load(at + row * AT)
+    i = tl.load(ids + row * length + p)
+    token = tl.load(wte + i * C + c, mask=c < C).to(tl.float32) * TIMES
+    if scale is not None:
+        token *= tl.load(scale + i)
+    tl.store(x + row * C + c, token + tl.load(wpe + p * C + c, mask=c < C).to(tl.float32), mask=c < C)
+
+
+@jit
+def product(x, weight, scale, bias, gain, shift, kept, residual, y, which, N, EPS: tl.constexpr, GELU: tl.constexpr,
+            B: tl.constexpr, K: tl.constexpr, BP: tl.constexpr, KP: tl.constexpr, BN: tl.constexpr, PDL: tl.constexpr):
+    """
+    y = [residual +] [gelu] ([norm] x @ weight^T [* scale] [+ bias]), x (B, K), weight (N, K), y (B, N); where `which` is
+    given instead the largest of each BN of them, and its index. A program has BN rows of the weight, whole, in its
+    registers, for all rows of x: each weight is read once. BP, KP: B and K, up to a power of two.
+    """
+    part = tl.program_id(0)
+    b, n, k = tl.arange(0, BP)[:, None, None], part * BN + tl.arange(0, BN)[None, :, None], tl.arange(0, KP)[None, None]
+    W = tl.load(weight + n.to(tl.int64) * K + k, mask=(n < N) & (k < K), other=0.0, eviction_policy="evict_first")
+    n = part * BN + tl.arange(0, BN)[None]  # (1, BN); evict_first: no weight is read twice, what is between kernels is
+    if scale is not None:
+        by = tl.load(scale + n, mask=n < N, other=0.0)
+    if bias is not None:
+        add = tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
+    if gain is not None:
+        G = tl.load(gain + k, mask=k < K, other=0.0).to(tl.float32)
+        S = tl.load(shift + k, mask=k < K, other=0.0).to(tl.float32)
+    wait(PDL)  # all that was loaded so far depends on nothing
+    X = tl.load(x + b * K + k, mask=(b < B) & (k < K), other=0.0).to(tl.float32)  # (BP, 1, KP)
+    if gain is not None:
+        X = tl.where(k < K, X - tl.sum(X, 2, keep_dims=True) / K, 0.0)
+        X = X * tl.rsqrt(tl.sum(X * X, 2, keep_dims=True) / K + EPS) * G + S
+        if kept is not None:
+            tl.store(kept + b * K + k, X, mask=(b < B) & (k < K) & (part == 0))
+    r = tl.sum(W.to(tl.float32) * X, 2)  # (BP, BN)
+    if scale is not None:
+        r *= by
+    if bias is not None:
+        r += add
+    if GELU == "tanh":  # 1 + tanh(z) = 2 sigmoid(2 z)
+        r *= tl.sigmoid(1.5957691216057308 * (r + 0.044715 * r * r * r))
+    if GELU == "none":  # what PyTorch calls the exact one
+        r *= 0.5 + 0.5 * tl.erf(r * 0.7071067811865476)
+    b = tl.arange(0, BP)[:, None]
+    if residual is not None:
+        r += tl.load(residual + b * N + n, mask=(b < B) & (n < N), other=0.0)
+    if which is None:
+        tl.store(y + b * N + n, r.to(y.dtype.element_ty), mask=(b < B) & (n < N))
+    else:
+        r = tl.where(n < N, tl.where(r == r, r, float("inf")), float("-inf"))  # a NaN wins, so that choose() sees it
+        most, first = tl.max(r, 1, return_indices=True)  # of equal ones, the lowest index
+        b, parts = tl.arange(0, BP), tl.num_programs(0)
+        tl.store(y + b * parts + part, most, mask=b < B)
+        tl.store(which + b * parts + part, part * BN + first, mask=b < B)
+
+
+@jit
+def attention(q, keys, values, count, y, of_row, of_head, of_key, CT: tl.constexpr, OWN: tl.constexpr, H: tl.constexpr,
+              KV: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr):
+    """
+    A query against the first count[row] keys of its row, tile by tile, as in online softmax (Milakov & Gimelshein 2018).
+    OWN: q is followed by the newest key and value, which are stored at count[row] and seen as well. A program does a
+    head of a row; heads that share keys read them again, from the L2 cache.
+    """
+    head, row, d, s = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.arange(0, D), tl.arange(0, TILE)
+    start = row * of_row + head // (H // KV) * of_head
+    n = tl.load(count + row * CT)
+    at = start + s[:, None] * of_key + d[None]
+    K = tl.load(keys + at, mask=(s < n)[:, None], other=0.0)
+    V = tl.load(values + at, mask=(s < n)[:, None], other=0.0)
+    wait(PDL)  # the first tile was stored at least a step ago
+    q += row * (H + 2 * KV if OWN else H) * D
+    Q = tl.load(q + head * D + d).to(tl.float32) * D**-0.5
+    if OWN:
+        new = tl.load(q + (H + head // (H // KV)) * D + d)
+        out = tl.load(q + (H + KV + head // (H // KV)) * D + d)
+        tl.store(keys + start + n * of_key + d, new)
+        tl.store(values + start + n * of_key + d, out)
+        top, total, out = tl.sum(Q * new.to(tl.float32)), 1.0, out.to(tl.float32)
+    else:
+        top, total, out = float("-inf"), 0.0, tl.zeros([D], tl.float32)
+    for first in range(0, n, TILE):
+        a = tl.where(first + s < n, tl.sum(K.to(tl.float32) * Q[None], 1), float("-inf"))
+        higher = tl.maximum(top, tl.max(a))
+        e, shrink, top = tl.exp(a - higher), tl.exp(top - higher), higher
+        total, out = total * shrink + tl.sum(e), out * shrink + tl.sum(e[:, None] * V.to(tl.float32), 0)
+        s_next = first + TILE + s
+        K = tl.load(keys + start + s_next[:, None] * of_key + d[None], mask=(s_next < n)[:, None], other=0.0)
+        V = tl.load(values + start + s_next[:, None] * of_key + d[None], mask=(s_next < n)[:, None], other=0.0)
+    tl.store(y + (row * H + head) * D + d, (out / total).to(y.dtype.element_ty))
+
+
+@jit
+def choose(most, which, ids, at, finite, parts, length, AT: tl.constexpr, B: tl.constexpr, BP: tl.constexpr,
+           PP: tl.constexpr, PDL: tl.constexpr):
+    """The id of the largest logit stands behind the newest; `at` goes there. One program: the host is never asked."""
+    b, i = tl.arange(0, BP), tl.arange(0, PP)[None]
+    wait(PDL)
+    top, part = tl.max(tl.load(most + b[:, None] * parts + i, mask=(b[:, None] < B) & (i < parts), other=float("-inf")), 1,
+                       return_indices=True)
+    p = tl.load(at + b * AT, mask=b < B, other=0)
+    tl.store(ids + b * length + p + 1, tl.load(which + b * parts + part, mask=b < B), mask=(b < B) & (p + 1 < length))
+    tl.store(finite + b, tl.load(finite + b, mask=b < B) & (tl.abs(top) < float("inf")), mask=b < B)
+    tl.debug_barrier()  # rows may share their position: all have read it
+    tl.store(at + b * AT, tl.minimum(p + 1, length - 2), mask=b < B)
+
+
+# -----------------------------------------------------------------------------
+
+
+class Step:
+    """
+    step(): one greedy token for every row, on the device alone, so that a CUDA graph can capture it.
+
+    model: a GPT or BART; a linear that has a `scale` holds int8, a scale for each row. ids: (B, length) int64, the texts;
+    at: (1,) or (B, 1) int64, the position of the newest id of each row, whose key is not stored yet. cache: a KVCache
+    with what lies before, by Slots. memory: a BART's, of as many rows, or None. n_vocab: choose among the first so many.
+    A step writes ids[row, at + 1], the keys and values at `at`, and adds 1 to at, but for the last position of ids.
+    finite: (B,) bool, whether all steps so far had logits to choose from. Counts of the cache are the caller's.
+    """
+
+    def __init__(self, model, ids, at, cache, memory=None, n_vocab=None):
+        (self.B, length), config, bart = ids.shape, model.config, model.config.is_encoder_decoder
+        cuda = ids.is_cuda and torch.version.hip is None
+        self.launches, self.pdl = [], cuda and torch.cuda.get_device_capability(ids.device) >= (9, 0)
+        layers, dtype, C, V = model.decoder_layers(), cache.k[0].dtype, config.n_embd, n_vocab or config.vocab_size
+        new = partial(torch.empty, device=ids.device)
+        stream, kept, self.finite = new(self.B, C), new(self.B, C) if bart else None, new(self.B, dtype=bool).fill_(True)
+        qkv, heads, inner = (new(self.B, n, dtype=dtype) for n in (len(layers[0].attn.c_attn.weight), C, config.inner))
+        norms, add, AT = iter(reads(model, memory)), kept if bart else stream, int(at.numel() > 1)
+        if memory is not None:  # padding is on the right
+            lengths = (memory.key_pos < NOWHERE).sum(-1).expand(self.B).contiguous()
+        self.launch(embed, self.B, ids, at, model.wte.weight, getattr(model.wte, "scale", None),
+                    (model.decoder_wpe if bart else model.wpe).weight, stream, length, AT=AT, C=C, CP=up(C),
+                    TIMES=math.sqrt(C) if bart and config.scale_embedding else 1.0)
+        for i, layer in enumerate(layers):
+            self.product(stream, layer.attn.c_attn, qkv, next(norms), kept)
+            self.attend(layer.attn, qkv, cache.k[i], cache.v[i], at, heads, CT=AT, OWN=True)
+            self.product(heads, layer.attn.c_proj, stream, residual=add)
+            if memory is not None:
+                self.product(stream, layer.cross.c_q, qkv, next(norms), kept)
+                self.attend(layer.cross, qkv, *memory.kv[i], lengths, heads, CT=1, OWN=False)
+                self.product(heads, layer.cross.c_proj, stream, residual=add)
+            self.product(stream, layer.mlp.c_fc, inner, next(norms), kept, GELU=layer.mlp.act.approximate)
+            self.product(inner, layer.mlp.c_proj, stream, residual=add)
+        parts = triton.cdiv(V, block(C))
+        most, which = new(self.B, parts), new(self.B, parts, dtype=torch.int32)
+        self.product(stream, model.lm_head, most, next(norms), which=which, N=V)
+        self.launch(choose, 1, most, which, ids, at, self.finite, parts, length, AT=AT, B=self.B, BP=up(self.B),
+                    PP=up(parts), num_warps=16)
+
+    @staticmethod
+    def fits(model, ids, cache, memory=None):
+        """Whether a Step can do this: else the plain model does."""
+        layers = model.decoder_layers() if type(model) in (GPT, BART) else []
+        return bool(
+            triton and ids.is_cuda and ids.is_contiguous() and 1 <= len(ids) <= 4 and ids.size(1) >= 2 and layers
+            and all(type(layer.attn.pattern) is Causal for layer in layers) and {type(s) for s in cache.slots} == {Slots}
+            and cache.k[0] is not None and len(ids) <= len(cache.k[0]) and ids.size(1) <= cache.k[0].size(2) + 1
+            and cache.k[0].dtype in (torch.float32, torch.float16, torch.bfloat16)
+            and layers[0].attn.head_dim == up(layers[0].attn.head_dim)
+            and (memory is None or len(memory.kv[0][0]) == len(ids)))
+
+    def launch(self, kernel, grid, *args, num_warps=4, **sizes):
+        early = dict(launch_pdl=True) if self.pdl else {}
+        grid = grid if isinstance(grid, tuple) else (grid,)
+        self.launches.append(partial(kernel[grid], *args, PDL=self.pdl, num_warps=num_warps, **sizes, **early))
+
+    def product(self, x, linear, y, norm=None, kept=None, residual=None, which=None, N=None, GELU=None):
+        (rows, K), BN = linear.weight.shape, block(linear.weight.size(1))
+        gain, shift, eps = (None, None, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
+        self.launch(product, triton.cdiv(N or rows, BN), x, linear.weight, getattr(linear, "scale", None), linear.bias,
+                    gain, shift, kept, residual, y, which, N or rows, EPS=eps, GELU=GELU, B=self.B, K=K, BP=up(self.B),
+                    KP=up(K), BN=BN)
+
+    def attend(self, part, q, keys, values, count, y, **flags):
+        of_row, of_head, of_key, _ = keys.stride()
+        D, itemsize = part.head_dim, keys.element_size()
+        self.launch(attention, (part.n_head, self.B), q, keys, values, count, y, of_row, of_head, of_key, H=part.n_head,
+                    KV=part.n_kv_head, D=D, TILE=min(up(keys.size(2)), max(16, 2**15 // (D * itemsize))), num_warps=8, **flags)
+
+    def __call__(self):
+        for launch in self.launches:
+            launch()
+
+
+def up(n):
+    """The next power of two: what a tile's side must be."""
+    return 1 << (n - 1).bit_length()
+
+
+def block(K):
+    """How many rows of a weight with K columns a program takes: some 32 numbers for each of its 128 threads."""
+    return max(1, 2**12 // up(K))
+
+
+def reads(model, memory):
+    """The norms before what reads the residual stream, in order. Of a BART these are those after the sums before."""
+    if not model.config.is_encoder_decoder:
+        return [norm for block in model.h for norm in (block.ln_1, block.ln_2)] + [model.ln_f]
+    after = ("ln_1", "ln_2") if memory is None else ("ln_1", "ln_cross", "ln_2")
+    return [model.decoder_ln] + [getattr(layer, name) for layer in model.decoder for name in after]
