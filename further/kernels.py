@@ -182,10 +182,10 @@ class Step:
     finite: (B,) bool, whether all steps so far had logits to choose from. Counts of the cache are the caller's.
     """
 
-    def __init__(self, model, ids, at, cache, memory=None, n_vocab=None):
+    def __init__(self, model, ids, at, cache, memory=None, n_vocab=None, overlap=True):
         (self.B, length), config, bart = ids.shape, model.config, model.config.is_encoder_decoder
-        cuda = ids.is_cuda and torch.version.hip is None
-        self.launches, self.pdl = [], cuda and torch.cuda.get_device_capability(ids.device) >= (9, 0)
+        cuda = overlap and ids.is_cuda and torch.version.hip is None
+        self.launches, self.nbytes, self.pdl = [], 0, cuda and torch.cuda.get_device_capability(ids.device) >= (9, 0)
         layers, dtype, C, V = model.decoder_layers(), cache.k[0].dtype, config.n_embd, n_vocab or config.vocab_size
         new = partial(torch.empty, device=ids.device)
         stream, kept, self.finite = new(self.B, C), new(self.B, C) if bart else None, new(self.B, dtype=bool).fill_(True)
@@ -207,9 +207,9 @@ class Step:
             self.product(stream, layer.mlp.c_fc, inner, next(norms), kept, GELU=layer.mlp.act.approximate)
             self.product(inner, layer.mlp.c_proj, stream, residual=add)
         parts = triton.cdiv(V, block(C))
-        most, which = new(self.B, parts), new(self.B, parts, dtype=torch.int32)
-        self.product(stream, model.lm_head, most, next(norms), which=which, N=V)
-        self.launch(choose, 1, most, which, ids, at, self.finite, parts, length, AT=AT, B=self.B, BP=up(self.B),
+        self.most, which = new(self.B, parts), new(self.B, parts, dtype=torch.int32)
+        self.product(stream, model.lm_head, self.most, next(norms), which=which, N=V)
+        self.launch(choose, 1, self.most, which, ids, at, self.finite, parts, length, AT=AT, B=self.B, BP=up(self.B),
                     PP=up(parts), num_warps=16)
 
     @staticmethod
@@ -231,6 +231,7 @@ class Step:
 
     def product(self, x, linear, y, norm=None, kept=None, residual=None, which=None, N=None, GELU=None):
         (rows, K), BN = linear.weight.shape, block(linear.weight.size(1))
+        self.nbytes += linear.weight[:N].nbytes
         gain, shift, eps = (None, None, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
         self.launch(product, triton.cdiv(N or rows, BN), x, linear.weight, getattr(linear, "scale", None), linear.bias,
                     gain, shift, kept, residual, y, which, N or rows, EPS=eps, GELU=GELU, B=self.B, K=K, BP=up(self.B),
