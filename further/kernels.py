@@ -71,86 +71,101 @@ def embed(ids, at, wte, scale, wpe, x, length, AT: tl.constexpr, TIMES: tl.const
 
 @jit
 def product(x, weight, scale, bias, gain, shift, kept, residual, y, which, N, EPS: tl.constexpr, GELU: tl.constexpr,
-            B: tl.constexpr, K: tl.constexpr, BP: tl.constexpr, KP: tl.constexpr, BN: tl.constexpr, PDL: tl.constexpr):
+            B: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, WIDE: tl.constexpr, BN: tl.constexpr, PDL: tl.constexpr):
     """
     y = [residual +] [gelu] ([norm] x @ weight^T [* scale] [+ bias]), x (B, K), weight (N, K), y (B, N); where `which` is
-    given instead the largest of each BN of them, and its index. A program has BN rows of the weight, whole, in its
-    registers, for all rows of x: each weight is read once. BP, KP: B and K, up to a power of two.
+    given instead the largest of each BN of them, and its index. A program keeps BN rows of the weight, whole, in its
+    registers, for all rows of x, so each weight is read once.
+
+    WIDE numbers are what a warp reads at once, 16 bytes a thread. With K cut into such pieces (KP: K up to a power of two),
+    Triton gives each warp rows of its own: it norms x and sums up by itself, and no warp waits for another.
     """
     part = tl.program_id(0)
-    b, n, k = tl.arange(0, BP)[:, None, None], part * BN + tl.arange(0, BN)[None, :, None], tl.arange(0, KP)[None, None]
+    n = part * BN + tl.arange(0, BN)[:, None, None]
+    n, k = tl.broadcast(n, tl.arange(0, KP // WIDE)[None, :, None] * WIDE + tl.arange(0, WIDE)[None, None])
     W = tl.load(weight + n.to(tl.int64) * K + k, mask=(n < N) & (k < K), other=0.0, eviction_policy="evict_first")
-    n = part * BN + tl.arange(0, BN)[None]  # (1, BN); evict_first: no weight is read twice, what is between kernels is
+    if gain is not None:
+        G, S = tl.load(gain + k, mask=k < K, other=0.0), tl.load(shift + k, mask=k < K, other=0.0)
+    n = part * BN + tl.arange(0, BN)  # evict_first: no weight is read twice; what goes between kernels stays in the cache
     if scale is not None:
         by = tl.load(scale + n, mask=n < N, other=0.0)
     if bias is not None:
         add = tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
-    if gain is not None:
-        G = tl.load(gain + k, mask=k < K, other=0.0).to(tl.float32)
-        S = tl.load(shift + k, mask=k < K, other=0.0).to(tl.float32)
     wait(PDL)  # all that was loaded so far depends on nothing
-    X = tl.load(x + b * K + k, mask=(b < B) & (k < K), other=0.0).to(tl.float32)  # (BP, 1, KP)
-    if gain is not None:
-        X = tl.where(k < K, X - tl.sum(X, 2, keep_dims=True) / K, 0.0)
-        X = X * tl.rsqrt(tl.sum(X * X, 2, keep_dims=True) / K + EPS) * G + S
-        if kept is not None:
-            tl.store(kept + b * K + k, X, mask=(b < B) & (k < K) & (part == 0))
-    r = tl.sum(W.to(tl.float32) * X, 2)  # (BP, BN)
-    if scale is not None:
-        r *= by
-    if bias is not None:
-        r += add
-    if GELU == "tanh":  # 1 + tanh(z) = 2 sigmoid(2 z)
-        r *= tl.sigmoid(1.5957691216057308 * (r + 0.044715 * r * r * r))
-    if GELU == "none":  # what PyTorch calls the exact one
-        r *= 0.5 + 0.5 * tl.erf(r * 0.7071067811865476)
-    b = tl.arange(0, BP)[:, None]
-    if residual is not None:
-        r += tl.load(residual + b * N + n, mask=(b < B) & (n < N), other=0.0)
-    if which is None:
-        tl.store(y + b * N + n, r.to(y.dtype.element_ty), mask=(b < B) & (n < N))
-    else:
-        r = tl.where(n < N, tl.where(r == r, r, float("inf")), float("-inf"))  # a NaN wins, so that choose() sees it
-        most, first = tl.max(r, 1, return_indices=True)  # of equal ones, the lowest index
-        b, parts = tl.arange(0, BP), tl.num_programs(0)
-        tl.store(y + b * parts + part, most, mask=b < B)
-        tl.store(which + b * parts + part, part * BN + first, mask=b < B)
+    for b in tl.static_range(B):
+        X = tl.load(x + b * K + k, mask=k < K, other=0.0).to(tl.float32)
+        if gain is not None:
+            mean = tl.sum(tl.sum(X, 1), 1) / K
+            X = tl.where(k < K, X - mean[:, None, None], 0.0)
+            variance = tl.sum(tl.sum(X * X, 1), 1) / K
+            X = X * tl.rsqrt(variance + EPS)[:, None, None] * G.to(tl.float32) + S.to(tl.float32)
+            if kept is not None:
+                tl.store(kept + b * K + k, X, mask=(k < K) & (n == 0)[:, None, None])
+        r = tl.sum(tl.sum(W.to(tl.float32) * X, 1), 1)  # (BN,)
+        if scale is not None:
+            r *= by
+        if bias is not None:
+            r += add
+        if GELU == "tanh":  # 1 + tanh(z) = 2 sigmoid(2 z)
+            r *= tl.sigmoid(1.5957691216057308 * (r + 0.044715 * r * r * r))
+        if GELU == "none":  # what PyTorch calls the exact one
+            r *= 0.5 + 0.5 * tl.erf(r * 0.7071067811865476)
+        if residual is not None:
+            r += tl.load(residual + b * N + n, mask=n < N, other=0.0)
+        if which is None:
+            tl.store(y + b * N + n, r.to(y.dtype.element_ty), mask=n < N)
+        else:
+            r = tl.where(n < N, tl.where(r == r, r, float("inf")), float("-inf"))  # a NaN wins: choose() shall see it
+            most, first = tl.max(r, 0, return_indices=True)  # of equal ones, the lowest index
+            tl.store(y + b * tl.num_programs(0) + part, most)
+            tl.store(which + b * tl.num_programs(0) + part, part * BN + first)
 
 
 @jit
-def attention(q, keys, values, count, y, of_row, of_head, of_key, CT: tl.constexpr, OWN: tl.constexpr, H: tl.constexpr,
-              KV: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr):
+def attention(q, keys, values, count, y, some, arrived, of_row, of_head, of_key, CT: tl.constexpr, OWN: tl.constexpr,
+              H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, TP: tl.constexpr, PDL: tl.constexpr):
     """
-    A query against the first count[row] keys of its row, tile by tile, as in online softmax (Milakov & Gimelshein 2018).
-    OWN: q is followed by the newest key and value, which are stored at count[row] and seen as well. A program does a
-    head of a row; heads that share keys read them again, from the L2 cache.
+    A query against the first count[row] keys of its row. OWN: q is followed by the newest key and value, which are stored
+    at count[row] and seen as well. A program does a tile of the keys for a head of a row, and the last one to arrive joins
+    them (Flash-Decoding, Dao et al. 2023). Heads that share keys read them again, from the L2 cache.
     """
-    head, row, d, s = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.arange(0, D), tl.arange(0, TILE)
-    start = row * of_row + head // (H // KV) * of_head
-    n = tl.load(count + row * CT)
-    at = start + s[:, None] * of_key + d[None]
-    K = tl.load(keys + at, mask=(s < n)[:, None], other=0.0)
-    V = tl.load(values + at, mask=(s < n)[:, None], other=0.0)
-    wait(PDL)  # the first tile was stored at least a step ago
-    q += row * (H + 2 * KV if OWN else H) * D
-    Q = tl.load(q + head * D + d).to(tl.float32) * D**-0.5
+    tile, head, row, d = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64), tl.arange(0, D)
+    tiles, group = tl.num_programs(0), head // (H // KV)
+    n, s = tl.load(count + row * CT), tile * TILE + tl.arange(0, TILE)[:, None]
+    at = row * of_row + group * of_head + d[None]
+    K = tl.load(keys + at + s * of_key, mask=s < n, other=0.0)
+    V = tl.load(values + at + s * of_key, mask=s < n, other=0.0)
+    wait(PDL)  # these were stored at least a step ago
+    q += row * (H + 2 * KV if OWN else H) * D + d[None]
+    Q = tl.load(q + head * D).to(tl.float32) * D**-0.5
     if OWN:
-        new = tl.load(q + (H + head // (H // KV)) * D + d)
-        out = tl.load(q + (H + KV + head // (H // KV)) * D + d)
-        tl.store(keys + start + n * of_key + d, new)
-        tl.store(values + start + n * of_key + d, out)
-        top, total, out = tl.sum(Q * new.to(tl.float32)), 1.0, out.to(tl.float32)
+        K = tl.where(s == n, tl.load(q + (H + group) * D), K)
+        V = tl.where(s == n, tl.load(q + (H + KV + group) * D), V)
+        tl.store(keys + at + s * of_key, K, mask=s == n)
+        tl.store(values + at + s * of_key, V, mask=s == n)
+        n += 1
+    a = tl.where(s < n, tl.sum(K.to(tl.float32) * Q, 1, keep_dims=True), -1e30)  # (TILE, 1)
+    top = tl.max(a)
+    e = tl.where(s < n, tl.exp(a - top), 0.0)
+    total, out = tl.sum(e), tl.sum(e * V.to(tl.float32), 0)
+    y += (row * H + head) * D
+    if TP == 1:
+        tl.store(y + d, (out / total).to(y.dtype.element_ty))
     else:
-        top, total, out = float("-inf"), 0.0, tl.zeros([D], tl.float32)
-    for first in range(0, n, TILE):
-        a = tl.where(first + s < n, tl.sum(K.to(tl.float32) * Q[None], 1), float("-inf"))
-        higher = tl.maximum(top, tl.max(a))
-        e, shrink, top = tl.exp(a - higher), tl.exp(top - higher), higher
-        total, out = total * shrink + tl.sum(e), out * shrink + tl.sum(e[:, None] * V.to(tl.float32), 0)
-        s_next = first + TILE + s
-        K = tl.load(keys + start + s_next[:, None] * of_key + d[None], mask=(s_next < n)[:, None], other=0.0)
-        V = tl.load(values + start + s_next[:, None] * of_key + d[None], mask=(s_next < n)[:, None], other=0.0)
-    tl.store(y + (row * H + head) * D + d, (out / total).to(y.dtype.element_ty))
+        arrived += row * H + head
+        some += (row * H + head) * tiles * (D + 2)
+        tl.store(some + tile * (D + 2) + d, out)
+        tl.store(some + tile * (D + 2) + D, top)
+        tl.store(some + tile * (D + 2) + D + 1, total)
+        tl.debug_barrier()
+        if tl.atomic_add(arrived, 1) == tiles - 1:  # all others can be seen
+            t = tl.arange(0, TP)[:, None]
+            tops = tl.load(some + t * (D + 2) + D, mask=t < tiles, other=-1e30, cache_modifier=".cg")
+            weight = tl.exp(tops - tl.max(tops))
+            totals = tl.sum(weight * tl.load(some + t * (D + 2) + D + 1, mask=t < tiles, other=0.0, cache_modifier=".cg"))
+            outs = tl.load(some + t * (D + 2) + d[None], mask=t < tiles, other=0.0, cache_modifier=".cg")
+            tl.store(y + d, (tl.sum(weight * outs, 0) / totals).to(y.dtype.element_ty))
+            tl.store(arrived, 0)
 
 
 @jit
@@ -230,22 +245,27 @@ class Step:
         self.launches.append(partial(kernel[grid], *args, PDL=self.pdl, num_warps=num_warps, **sizes, **early))
 
     def product(self, x, linear, y, norm=None, kept=None, residual=None, which=None, N=None, GELU=None):
-        (rows, K), BN = linear.weight.shape, block(linear.weight.size(1))
+        (rows, K), BN, wide = linear.weight.shape, block(linear.weight.size(1)), 512 // linear.weight.element_size()
         self.nbytes += linear.weight[:N].nbytes
         gain, shift, eps = (None, None, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
         self.launch(product, triton.cdiv(N or rows, BN), x, linear.weight, getattr(linear, "scale", None), linear.bias,
-                    gain, shift, kept, residual, y, which, N or rows, EPS=eps, GELU=GELU, B=self.B, K=K, BP=up(self.B),
-                    KP=up(K), BN=BN)
+                    gain, shift, kept, residual, y, which, N or rows, EPS=eps, GELU=GELU, B=self.B, K=K, KP=up(K),
+                    WIDE=min(wide, up(K)), BN=BN)
 
     def attend(self, part, q, keys, values, count, y, **flags):
         of_row, of_head, of_key, _ = keys.stride()
-        D, itemsize = part.head_dim, keys.element_size()
-        self.launch(attention, (part.n_head, self.B), q, keys, values, count, y, of_row, of_head, of_key, H=part.n_head,
-                    KV=part.n_kv_head, D=D, TILE=min(up(keys.size(2)), max(16, 2**15 // (D * itemsize))), num_warps=8, **flags)
+        tiles = triton.cdiv(keys.size(2), TILE)
+        some = torch.empty(self.B, part.n_head, tiles, part.head_dim + 2, device=q.device)
+        arrived = torch.zeros(self.B, part.n_head, dtype=torch.int32, device=q.device)
+        self.launch(attention, (tiles, part.n_head, self.B), q, keys, values, count, y, some, arrived, of_row, of_head, of_key,
+                    H=part.n_head, KV=part.n_kv_head, D=part.head_dim, TILE=TILE, TP=up(tiles), **flags)
 
     def __call__(self):
         for launch in self.launches:
             launch()
+
+
+TILE = 128  # keys that a program of attention sees
 
 
 def up(n):
@@ -255,7 +275,7 @@ def up(n):
 
 def block(K):
     """How many rows of a weight with K columns a program takes: some 32 numbers for each of its 128 threads."""
-    return max(1, 2**12 // up(K))
+    return max(1, 2**13 // up(K))
 
 
 def reads(model, memory):
