@@ -56,7 +56,7 @@ def wait(PDL: tl.constexpr):
 
 
 @jit
-def embed(ids, at, wte, scale, wpe, x, length, AT: tl.constexpr, TIMES: tl.constexpr, C: tl.constexpr, CP: tl.constexpr,
+def embed(ids, at, wte, wpe, x, length, AT: tl.constexpr, TIMES: tl.constexpr, C: tl.constexpr, CP: tl.constexpr,
           PDL: tl.constexpr):
     """x[row] = wte[newest id] + wpe[its position]. A program does one row."""
     row, c = tl.program_id(0), tl.arange(0, CP)
@@ -64,8 +64,6 @@ def embed(ids, at, wte, scale, wpe, x, length, AT: tl.constexpr, TIMES: tl.const
     p = tl.load(at + row * AT)
     i = tl.load(ids + row * length + p)
     token = tl.load(wte + i * C + c, mask=c < C).to(tl.float32) * TIMES
-    if scale is not None:
-        token *= tl.load(scale + i)
     tl.store(x + row * C + c, token + tl.load(wpe + p * C + c, mask=c < C).to(tl.float32), mask=c < C)
 
 
@@ -77,16 +75,24 @@ def product(x, weight, scale, bias, gain, shift, kept, residual, y, which, N, EP
     given instead the largest of each BN of them, and its index. A program keeps BN rows of the weight, whole, in its
     registers, for all rows of x, so each weight is read once.
 
-    WIDE numbers are what a warp reads at once, 16 bytes a thread. With K cut into such pieces (KP: K up to a power of two),
-    Triton gives each warp rows of its own: it norms x and sums up by itself, and no warp waits for another.
+    K is cut into pieces of WIDE numbers (KP: K up to a power of two). Where a piece is what a warp reads at once, 16 bytes
+    a thread, Triton gives each warp rows of its own, which it sums up by itself; where it is KP, warps share every row.
+
+    What of the norm depends on the weight is done before the wait. With gain g and shift s, the norm's product is
+    (sum w g x - mean sum w g) / deviation + sum w s: behind the wait all three sums over x are taken at once.
     """
     part = tl.program_id(0)
     n = part * BN + tl.arange(0, BN)[:, None, None]
-    n, k = tl.broadcast(n, tl.arange(0, KP // WIDE)[None, :, None] * WIDE + tl.arange(0, WIDE)[None, None])
+    k = tl.arange(0, KP // WIDE)[None, :, None] * WIDE + tl.arange(0, WIDE)[None, None]
+    if WIDE < KP:
+        n, k = tl.broadcast(n, k)  # (BN, KP / WIDE, WIDE): each warp reads all of x
     W = tl.load(weight + n.to(tl.int64) * K + k, mask=(n < N) & (k < K), other=0.0, eviction_policy="evict_first")
+    W = W.to(tl.float32)  # evict_first: no weight is read twice, so that what goes between kernels stays in the cache
+    n = part * BN + tl.arange(0, BN)
     if gain is not None:
-        G, S = tl.load(gain + k, mask=k < K, other=0.0), tl.load(shift + k, mask=k < K, other=0.0)
-    n = part * BN + tl.arange(0, BN)  # evict_first: no weight is read twice; what goes between kernels stays in the cache
+        shifted = tl.sum(tl.sum(W * tl.load(shift + k, mask=k < K, other=0.0).to(tl.float32), 1), 1)  # (BN,)
+        W *= tl.load(gain + k, mask=k < K, other=0.0).to(tl.float32)
+        gained = tl.sum(tl.sum(W, 1), 1)
     if scale is not None:
         by = tl.load(scale + n, mask=n < N, other=0.0)
     if bias is not None:
@@ -94,14 +100,15 @@ def product(x, weight, scale, bias, gain, shift, kept, residual, y, which, N, EP
     wait(PDL)  # all that was loaded so far depends on nothing
     for b in tl.static_range(B):
         X = tl.load(x + b * K + k, mask=k < K, other=0.0).to(tl.float32)
+        r = tl.sum(tl.sum(W * X, 1), 1)  # (BN,)
         if gain is not None:
-            mean = tl.sum(tl.sum(X, 1), 1) / K
-            X = tl.where(k < K, X - mean[:, None, None], 0.0)
-            variance = tl.sum(tl.sum(X * X, 1), 1) / K
-            X = X * tl.rsqrt(variance + EPS)[:, None, None] * G.to(tl.float32) + S.to(tl.float32)
+            mean = tl.sum(tl.sum(X, 1), 1) / K  # (BN,), or (1,)
+            inverse = tl.rsqrt(tl.sum(tl.sum(X * X, 1), 1) / K - mean * mean + EPS)
+            r = (r - mean * gained) * inverse + shifted
             if kept is not None:
-                tl.store(kept + b * K + k, X, mask=(k < K) & (n == 0)[:, None, None])
-        r = tl.sum(tl.sum(W.to(tl.float32) * X, 1), 1)  # (BN,)
+                if part == 0:
+                    X = (X - mean[:, None, None]) * inverse[:, None, None] * tl.load(gain + k, mask=k < K).to(tl.float32)
+                    tl.store(kept + b * K + k, X + tl.load(shift + k, mask=k < K).to(tl.float32), mask=k < K)
         if scale is not None:
             r *= by
         if bias is not None:
@@ -208,8 +215,8 @@ class Step:
         norms, add, AT = iter(reads(model, memory)), kept if bart else stream, int(at.numel() > 1)
         if memory is not None:  # padding is on the right
             lengths = (memory.key_pos < NOWHERE).sum(-1).expand(self.B).contiguous()
-        self.launch(embed, self.B, ids, at, model.wte.weight, getattr(model.wte, "scale", None),
-                    (model.decoder_wpe if bart else model.wpe).weight, stream, length, AT=AT, C=C, CP=up(C),
+        self.launch(embed, self.B, ids, at, model.wte.weight, (model.decoder_wpe if bart else model.wpe).weight, stream,
+                    length, AT=AT, C=C, CP=up(C),
                     TIMES=math.sqrt(C) if bart and config.scale_embedding else 1.0)
         for i, layer in enumerate(layers):
             self.product(stream, layer.attn.c_attn, qkv, next(norms), kept)
@@ -221,7 +228,7 @@ class Step:
                 self.product(heads, layer.cross.c_proj, stream, residual=add)
             self.product(stream, layer.mlp.c_fc, inner, next(norms), kept, GELU=layer.mlp.act.approximate)
             self.product(inner, layer.mlp.c_proj, stream, residual=add)
-        parts = triton.cdiv(V, block(C))
+        parts = triton.cdiv(V, block(model.lm_head.weight)[0])
         self.most, which = new(self.B, parts), new(self.B, parts, dtype=torch.int32)
         self.product(stream, model.lm_head, self.most, next(norms), which=which, N=V)
         self.launch(choose, 1, self.most, which, ids, at, self.finite, parts, length, AT=AT, B=self.B, BP=up(self.B),
@@ -245,12 +252,12 @@ class Step:
         self.launches.append(partial(kernel[grid], *args, PDL=self.pdl, num_warps=num_warps, **sizes, **early))
 
     def product(self, x, linear, y, norm=None, kept=None, residual=None, which=None, N=None, GELU=None):
-        (rows, K), BN, wide = linear.weight.shape, block(linear.weight.size(1)), 512 // linear.weight.element_size()
+        (rows, K), (BN, WIDE) = linear.weight.shape, block(linear.weight)
         self.nbytes += linear.weight[:N].nbytes
         gain, shift, eps = (None, None, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
         self.launch(product, triton.cdiv(N or rows, BN), x, linear.weight, getattr(linear, "scale", None), linear.bias,
                     gain, shift, kept, residual, y, which, N or rows, EPS=eps, GELU=GELU, B=self.B, K=K, KP=up(K),
-                    WIDE=min(wide, up(K)), BN=BN)
+                    WIDE=WIDE, BN=BN)
 
     def attend(self, part, q, keys, values, count, y, **flags):
         of_row, of_head, of_key, _ = keys.stride()
@@ -258,14 +265,15 @@ class Step:
         some = torch.empty(self.B, part.n_head, tiles, part.head_dim + 2, device=q.device)
         arrived = torch.zeros(self.B, part.n_head, dtype=torch.int32, device=q.device)
         self.launch(attention, (tiles, part.n_head, self.B), q, keys, values, count, y, some, arrived, of_row, of_head, of_key,
-                    H=part.n_head, KV=part.n_kv_head, D=part.head_dim, TILE=TILE, TP=up(tiles), **flags)
+                    H=part.n_head, KV=part.n_kv_head, D=part.head_dim, TILE=TILE, TP=up(tiles),
+                    num_warps=8, **flags)
 
     def __call__(self):
         for launch in self.launches:
             launch()
 
 
-TILE = 128  # keys that a program of attention sees
+TILE = 256  # keys that a program of attention sees
 
 
 def up(n):
@@ -273,9 +281,13 @@ def up(n):
     return 1 << (n - 1).bit_length()
 
 
-def block(K):
-    """How many rows of a weight with K columns a program takes: some 32 numbers for each of its 128 threads."""
-    return max(1, 2**13 // up(K))
+def block(weight):
+    """
+    Of a weight (N, K): how many rows a program of 4 warps takes, and how wide the pieces of a row are. Some 64 numbers
+    for each thread are enough under way to hide how long the first takes, and fit the registers.
+    """
+    KP, piece = up(weight.size(1)), 512 // weight.element_size()
+    return (1, KP) if KP > 4096 else (8 if KP <= 1024 else 4, min(piece, KP))
 
 
 def reads(model, memory):
