@@ -55,7 +55,8 @@ class Text:
 
     def __init__(self, model, rows, prompt_tokens, max_new_tokens):
         config = model.config
-        ids = torch.randint(config.vocab_size, (rows, prompt_tokens), generator=torch.Generator().manual_seed(0)).tolist()
+        torch.manual_seed(0)
+        ids = torch.randint(config.vocab_size, (rows, prompt_tokens)).tolist()
         self.memory = project(model, *encode(model, ids)) if config.is_encoder_decoder else None
         self.model, self.start = model, config.starts(prompt_tokens)
         self.length = self.start + max_new_tokens
@@ -96,7 +97,7 @@ class Text:
 
 @torch.inference_mode()
 def measure(model, rows, prompt_tokens, max_new_tokens):
-    """Pairs (what, seconds of a step), the bytes that a step in the middle of the text reads, and the kernels of one."""
+    """Pairs (what, seconds of a step), the bytes that a step in the middle of the text reads, the kernels of one."""
     text = Text(model, rows, prompt_tokens, max_new_tokens)
     fused, early = text.step(overlap=False), text.step()
     ways = [("plain", text.plain), ("plain, captured", captured(text.plain)), ("fused", fused),

@@ -8,9 +8,9 @@ bfloat16 on an H200. What keeps it from that is not multiplying but waiting: a k
 ended, and its first weight arrives a microsecond later. Three ideas, in the order of what they bring:
 
     fuse        a norm costs less than launching one: each product norms its input, adds bias and residual, applies GELU
-    capture     the host, which needs 10 us to launch a kernel, records all of them once, as a CUDA graph (by the caller)
-    overlap     a kernel starts while the one before it is ending, and asks for its weights, before it waits for its input
-                (programmatic dependent launch, from Hopper on: `gdc_wait`)
+    capture     the host needs 20 us to launch a kernel: it records all of them once, as a CUDA graph (by the caller)
+    overlap     a kernel starts while the one before it is ending, and asks for its weights before it waits for its
+                input (programmatic dependent launch, from Hopper on: `gdc_wait`)
 
 Why early loads are safe: a kernel lets the next one start (`gdc_launch_dependents`) only when its own wait is over. So
 while one loads early, the kernel right before it may still be running, and none that is older. Weights are written by
@@ -19,8 +19,8 @@ nobody; what an attention has stored in this layer's cache was stored a step ago
 BART's norms stand after the sums, GPT's before the sublayers. That is one order, if a norm belongs to the product that
 reads it: of BART, what was normed is then the residual, so it is kept (Lewis et al. 2019; Radford et al. 2019).
 
-Shapes: B rows (1 to 4), K columns and N rows of a weight, H heads, KV key/value heads, D head_dim. Sums are in fp32, and so
-is the residual stream.
+Shapes: B rows (1 to 4), K columns and N rows of a weight, H heads, KV key/value heads, D head_dim. Sums are in
+fp32, and so is the residual stream.
 """
 
 from __future__ import annotations  # tl.constexpr below is not looked up where there is no Triton
@@ -69,17 +69,18 @@ def embed(ids, at, wte, wpe, x, length, AT: tl.constexpr, TIMES: tl.constexpr, C
 
 @jit
 def product(x, weight, scale, bias, gain, shift, kept, residual, y, which, N, EPS: tl.constexpr, GELU: tl.constexpr,
-            B: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, WIDE: tl.constexpr, BN: tl.constexpr, PDL: tl.constexpr):
+            B: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, WIDE: tl.constexpr, BN: tl.constexpr,
+            PDL: tl.constexpr):
     """
-    y = [residual +] [gelu] ([norm] x @ weight^T [* scale] [+ bias]), x (B, K), weight (N, K), y (B, N); where `which` is
-    given instead the largest of each BN of them, and its index. A program keeps BN rows of the weight, whole, in its
+    y = [residual +] [gelu] ([norm] x @ weight^T [* scale] [+ bias]), x (B, K), weight (N, K), y (B, N); where `which`
+    is given instead the largest of each BN of them, and its index. A program keeps BN rows of the weight, whole, in its
     registers, for all rows of x, so each weight is read once.
 
-    K is cut into pieces of WIDE numbers (KP: K up to a power of two). Where a piece is what a warp reads at once, 16 bytes
-    a thread, Triton gives each warp rows of its own, which it sums up by itself; where it is KP, warps share every row.
+    K is cut into pieces of WIDE numbers (KP: K up to a power of two). Where a piece is what a warp reads at once, 16
+    bytes a thread, Triton gives each warp rows of its own, which it sums up alone; where it is KP, warps share rows.
 
-    What of the norm depends on the weight is done before the wait. With gain g and shift s, the norm's product is
-    (sum w g x - mean sum w g) / deviation + sum w s: behind the wait all three sums over x are taken at once.
+    With gain g and shift s, the product of a norm is (sum w g x - mean sum w g) / deviation + sum w s. So all sums over
+    x are taken at once, and those over the weight alone while x is on its way.
     """
     part = tl.program_id(0)
     n = part * BN + tl.arange(0, BN)[:, None, None]
@@ -87,17 +88,19 @@ def product(x, weight, scale, bias, gain, shift, kept, residual, y, which, N, EP
     if WIDE < KP:
         n, k = tl.broadcast(n, k)  # (BN, KP / WIDE, WIDE): each warp reads all of x
     W = tl.load(weight + n.to(tl.int64) * K + k, mask=(n < N) & (k < K), other=0.0, eviction_policy="evict_first")
-    W = W.to(tl.float32)  # evict_first: no weight is read twice, so that what goes between kernels stays in the cache
-    n = part * BN + tl.arange(0, BN)
+    n = part * BN + tl.arange(0, BN)  # evict_first: no weight is read twice, so the cache is left to what is
     if gain is not None:
-        shifted = tl.sum(tl.sum(W * tl.load(shift + k, mask=k < K, other=0.0).to(tl.float32), 1), 1)  # (BN,)
-        W *= tl.load(gain + k, mask=k < K, other=0.0).to(tl.float32)
-        gained = tl.sum(tl.sum(W, 1), 1)
+        G, S = tl.load(gain + k, mask=k < K, other=0.0), tl.load(shift + k, mask=k < K, other=0.0)
     if scale is not None:
         by = tl.load(scale + n, mask=n < N, other=0.0)
     if bias is not None:
         add = tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
-    wait(PDL)  # all that was loaded so far depends on nothing
+    wait(PDL)  # what was asked for so far depends on nothing, and nothing has waited for it yet
+    W = W.to(tl.float32)
+    if gain is not None:
+        shifted = tl.sum(tl.sum(W * S.to(tl.float32), 1), 1)  # (BN,)
+        W *= G.to(tl.float32)
+        gained = tl.sum(tl.sum(W, 1), 1)
     for b in tl.static_range(B):
         X = tl.load(x + b * K + k, mask=k < K, other=0.0).to(tl.float32)
         r = tl.sum(tl.sum(W * X, 1), 1)  # (BN,)
@@ -107,8 +110,8 @@ def product(x, weight, scale, bias, gain, shift, kept, residual, y, which, N, EP
             r = (r - mean * gained) * inverse + shifted
             if kept is not None:
                 if part == 0:
-                    X = (X - mean[:, None, None]) * inverse[:, None, None] * tl.load(gain + k, mask=k < K).to(tl.float32)
-                    tl.store(kept + b * K + k, X + tl.load(shift + k, mask=k < K).to(tl.float32), mask=k < K)
+                    X = (X - mean[:, None, None]) * inverse[:, None, None] * G.to(tl.float32) + S.to(tl.float32)
+                    tl.store(kept + b * K + k, X, mask=k < K)
         if scale is not None:
             r *= by
         if bias is not None:
@@ -130,11 +133,12 @@ def product(x, weight, scale, bias, gain, shift, kept, residual, y, which, N, EP
 
 @jit
 def attention(q, keys, values, count, y, some, arrived, of_row, of_head, of_key, CT: tl.constexpr, OWN: tl.constexpr,
-              H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, TP: tl.constexpr, PDL: tl.constexpr):
+              H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, TP: tl.constexpr,
+              PDL: tl.constexpr):
     """
-    A query against the first count[row] keys of its row. OWN: q is followed by the newest key and value, which are stored
-    at count[row] and seen as well. A program does a tile of the keys for a head of a row, and the last one to arrive joins
-    them (Flash-Decoding, Dao et al. 2023). Heads that share keys read them again, from the L2 cache.
+    A query against the first count[row] keys of its row. OWN: q is followed by the newest key and value, which are
+    stored at count[row] and seen as well. A program does a tile of the keys for a head of a row, and the last one to
+    arrive joins them (Flash-Decoding, Dao et al. 2023). Heads that share keys read them again, from the L2 cache.
     """
     tile, head, row, d = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64), tl.arange(0, D)
     tiles, group = tl.num_programs(0), head // (H // KV)
@@ -169,9 +173,10 @@ def attention(q, keys, values, count, y, some, arrived, of_row, of_head, of_key,
             t = tl.arange(0, TP)[:, None]
             tops = tl.load(some + t * (D + 2) + D, mask=t < tiles, other=-1e30, cache_modifier=".cg")
             weight = tl.exp(tops - tl.max(tops))
-            totals = tl.sum(weight * tl.load(some + t * (D + 2) + D + 1, mask=t < tiles, other=0.0, cache_modifier=".cg"))
+            totals = tl.load(some + t * (D + 2) + D + 1, mask=t < tiles, other=0.0, cache_modifier=".cg")
             outs = tl.load(some + t * (D + 2) + d[None], mask=t < tiles, other=0.0, cache_modifier=".cg")
-            tl.store(y + d, (tl.sum(weight * outs, 0) / totals).to(y.dtype.element_ty))
+            outs = tl.sum(weight * outs, 0) / tl.sum(weight * totals)
+            tl.store(y + d, outs.to(y.dtype.element_ty))
             tl.store(arrived, 0)
 
 
@@ -181,10 +186,11 @@ def choose(most, which, ids, at, finite, parts, length, AT: tl.constexpr, B: tl.
     """The id of the largest logit stands behind the newest; `at` goes there. One program: the host is never asked."""
     b, i = tl.arange(0, BP), tl.arange(0, PP)[None]
     wait(PDL)
-    top, part = tl.max(tl.load(most + b[:, None] * parts + i, mask=(b[:, None] < B) & (i < parts), other=float("-inf")), 1,
-                       return_indices=True)
+    tops = tl.load(most + b[:, None] * parts + i, mask=(b[:, None] < B) & (i < parts), other=float("-inf"))
+    top, part = tl.max(tops, 1, return_indices=True)
     p = tl.load(at + b * AT, mask=b < B, other=0)
-    tl.store(ids + b * length + p + 1, tl.load(which + b * parts + part, mask=b < B), mask=(b < B) & (p + 1 < length))
+    i = tl.load(which + b * parts + part, mask=b < B)
+    tl.store(ids + b * length + p + 1, i, mask=(b < B) & (p + 1 < length))
     tl.store(finite + b, tl.load(finite + b, mask=b < B) & (tl.abs(top) < float("inf")), mask=b < B)
     tl.debug_barrier()  # rows may share their position: all have read it
     tl.store(at + b * AT, tl.minimum(p + 1, length - 2), mask=b < B)
@@ -197,9 +203,10 @@ class Step:
     """
     step(): one greedy token for every row, on the device alone, so that a CUDA graph can capture it.
 
-    model: a GPT or BART; a linear that has a `scale` holds int8, a scale for each row. ids: (B, length) int64, the texts;
-    at: (1,) or (B, 1) int64, the position of the newest id of each row, whose key is not stored yet. cache: a KVCache
-    with what lies before, by Slots. memory: a BART's, of as many rows, or None. n_vocab: choose among the first so many.
+    model: a GPT or BART; a linear that has a `scale` holds int8, a scale for each row. ids: (B, length) int64, the
+    texts; at: (1,) or (B, 1) int64, the position of the newest id of each row, whose key is not stored yet. cache: a
+    KVCache with what lies before, by Slots. memory: a BART's, of as many rows, or None. n_vocab: choose among the first
+    so many. overlap: False where kernels shall not, to see what that brings.
     A step writes ids[row, at + 1], the keys and values at `at`, and adds 1 to at, but for the last position of ids.
     finite: (B,) bool, whether all steps so far had logits to choose from. Counts of the cache are the caller's.
     """
@@ -210,14 +217,14 @@ class Step:
         self.launches, self.nbytes, self.pdl = [], 0, cuda and torch.cuda.get_device_capability(ids.device) >= (9, 0)
         layers, dtype, C, V = model.decoder_layers(), cache.k[0].dtype, config.n_embd, n_vocab or config.vocab_size
         new = partial(torch.empty, device=ids.device)
-        stream, kept, self.finite = new(self.B, C), new(self.B, C) if bart else None, new(self.B, dtype=bool).fill_(True)
+        stream, kept = new(self.B, C), new(self.B, C) if bart else None
+        self.finite = torch.ones(self.B, dtype=torch.bool, device=ids.device)
         qkv, heads, inner = (new(self.B, n, dtype=dtype) for n in (len(layers[0].attn.c_attn.weight), C, config.inner))
         norms, add, AT = iter(reads(model, memory)), kept if bart else stream, int(at.numel() > 1)
         if memory is not None:  # padding is on the right
             lengths = (memory.key_pos < NOWHERE).sum(-1).expand(self.B).contiguous()
         self.launch(embed, self.B, ids, at, model.wte.weight, (model.decoder_wpe if bart else model.wpe).weight, stream,
-                    length, AT=AT, C=C, CP=up(C),
-                    TIMES=math.sqrt(C) if bart and config.scale_embedding else 1.0)
+                    length, AT=AT, C=C, CP=up(C), TIMES=math.sqrt(C) if bart and config.scale_embedding else 1.0)
         for i, layer in enumerate(layers):
             self.product(stream, layer.attn.c_attn, qkv, next(norms), kept)
             self.attend(layer.attn, qkv, cache.k[i], cache.v[i], at, heads, CT=AT, OWN=True)
@@ -240,7 +247,7 @@ class Step:
         layers = model.decoder_layers() if type(model) in (GPT, BART) else []
         return bool(
             triton and ids.is_cuda and ids.is_contiguous() and 1 <= len(ids) <= 4 and ids.size(1) >= 2 and layers
-            and all(type(layer.attn.pattern) is Causal for layer in layers) and {type(s) for s in cache.slots} == {Slots}
+            and all(type(layer.attn.pattern) is Causal for layer in layers) and set(map(type, cache.slots)) == {Slots}
             and cache.k[0] is not None and len(ids) <= len(cache.k[0]) and ids.size(1) <= cache.k[0].size(2) + 1
             and cache.k[0].dtype in (torch.float32, torch.float16, torch.bfloat16)
             and layers[0].attn.head_dim == up(layers[0].attn.head_dim)
@@ -264,8 +271,8 @@ class Step:
         tiles = triton.cdiv(keys.size(2), TILE)
         some = torch.empty(self.B, part.n_head, tiles, part.head_dim + 2, device=q.device)
         arrived = torch.zeros(self.B, part.n_head, dtype=torch.int32, device=q.device)
-        self.launch(attention, (tiles, part.n_head, self.B), q, keys, values, count, y, some, arrived, of_row, of_head, of_key,
-                    H=part.n_head, KV=part.n_kv_head, D=part.head_dim, TILE=TILE, TP=up(tiles),
+        self.launch(attention, (tiles, part.n_head, self.B), q, keys, values, count, y, some, arrived, of_row, of_head,
+                    of_key, H=part.n_head, KV=part.n_kv_head, D=part.head_dim, TILE=TILE, TP=up(tiles),
                     num_warps=8, **flags)
 
     def __call__(self):
