@@ -117,10 +117,10 @@ def main(args=None):
     add("--prompt-tokens", type=WHOLE, metavar="N", default=32, help="tokens of the prompt, or the source; default: 32")
     add("--max-new-tokens", type=WHOLE, metavar="M", default=224, help="steps that are timed; default: 224")
     args = parser.parse_args(args)
-    if not torch.cuda.is_available():
-        raise UserError("kernels run on a CUDA device, and there is none: use bench.py decode")
     if not 1 <= args.rows <= 4:
         raise UserError(f"--rows={args.rows} must be from 1 to 4, which is what the kernels are for")
+    if not torch.cuda.is_available():
+        raise UserError("kernels run on a CUDA device, and there is none: use bench.py decode")
     model = random_model(args.random, DTYPES[args.dtype], "cuda", args.overrides)
     bandwidth = copied_per_second()
     took, nbytes, kernels = measure(model, args.rows, args.prompt_tokens, args.max_new_tokens)

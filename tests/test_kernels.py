@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from further import kernels
+from further import kernel_bench, kernels
 from further.kernels import Step, triton, up
 from model import BART, GPT
+from plumbing.errors import UserError
 from plumbing.models import random_model
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -192,10 +193,17 @@ def test_elsewhere_the_plain_model_does_it():
     assert not Step.fits(model.cpu(), ids, cache)
 
 
+@pytest.mark.parametrize("rows, remedy", [("1", "use bench.py decode"), ("5", "must be from 1 to 4")])
+@pytest.mark.skipif(DEVICE == "cuda", reason="this is for where there is no CUDA device")
+def test_what_the_command_cannot_measure_is_refused(rows, remedy):
+    with pytest.raises(UserError, match=remedy):
+        kernel_bench.main(["--random", "gpt2", "--rows", rows])
+
+
 @on_gpu
 @torch.inference_mode()
 def test_what_does_not_fit_is_said():
-    def fits(model, rows=1, length=8, source=None, **cached):
+    def fits(model, rows=1, length=8, **cached):
         ids = torch.zeros(rows, length, dtype=torch.long, device=DEVICE)
         cache = model.new_cache(rows, cached.get("room", length))
         model.features(ids[:, :1], cache=cache, start_pos=0)
@@ -209,6 +217,7 @@ def test_what_does_not_fit_is_said():
 
 @pytest.mark.skipif(not triton or INTERPRETED or DEVICE == "cuda", reason="needs Triton, and no CUDA device")
 def test_here_the_kernels_are_interpreted():
-    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "--noconftest", __file__], capture_output=True, text=True,
-                          cwd=Path(__file__).parent.parent, env=os.environ | {"TRITON_INTERPRET": "1"})
+    command = [sys.executable, "-m", "pytest", "-q", "--noconftest", __file__]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent,
+                          env=os.environ | {"TRITON_INTERPRET": "1"})
     assert done.returncode == 0, done.stdout
