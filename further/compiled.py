@@ -57,7 +57,8 @@ class Steps:
 
     def __init__(self, model, weights):
         self.options, self.idle = compiler_options(model.wte.weight.device.type), {}
-        self.logits, self.greedy = (torch.compile(partial(own(step), model), fullgraph=True) for step in (logits_of, greedy))
+        compile = lambda step: torch.compile(partial(own(step), model), fullgraph=True)
+        self.logits, self.greedy = compile(logits_of), compile(greedy)
 
     @contextmanager
     def compiling(self):

@@ -1,0 +1,223 @@
+"""A step of the kernels does what the plain model does: logits, keys, values, ids. Without a GPU, Triton interprets."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from further import kernel_bench, kernels
+from further.kernels import Step, triton, up
+from model import BART, GPT
+from plumbing.errors import UserError
+from plumbing.models import random_model
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+runs = pytest.mark.skipif(not triton or not (DEVICE == "cuda" or INTERPRETED),
+                          reason="kernels need Triton, and a CUDA device or TRITON_INTERPRET=1")
+on_gpu = pytest.mark.skipif(not triton or DEVICE == "cpu", reason="needs Triton and a CUDA device")
+SIZES = dict(n_head=2, n_embd=32, n_inner=40, vocab_size=21, block_size=64)
+
+
+def build(cls, seed=0, dtype=torch.float32, **sizes):
+    """A model whose numbers all matter: norms and biases too."""
+    torch.manual_seed(seed)
+    layers = dict(n_layer=2) if cls is GPT else dict(n_encoder_layer=1, n_decoder_layer=2)
+    model = cls(cls.config_class(**layers | SIZES | sizes))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    return model.to(DEVICE, dtype).eval()
+
+
+class Int8(torch.nn.Module):
+    """A linear as a Step reads it: int8, with a scale for each row."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.scale = linear.weight.float().abs().amax(1) / 127
+        self.weight, self.bias = (linear.weight.float() / self.scale[:, None]).round().to(torch.int8), linear.bias
+
+    def forward(self, x):
+        return torch.nn.functional.linear(x, self.weight * self.scale[:, None], self.bias)
+
+
+class Pair:
+    """Rows behind one prefill, for a Step and for the plain model beside it, which reads the same ids."""
+
+    def __init__(self, model, B, starts, steps, n_source=None, ragged=False, n_vocab=None):
+        V, self.model, self.n_vocab = model.config.vocab_size, model, n_vocab
+        self.ids, self.source = torch.randint(V, (B, max(starts) + steps + 1), device=DEVICE), {}
+        if n_source:
+            lengths = torch.arange(n_source, n_source - B, -1, device=DEVICE) if ragged else None
+            encoded = model.encode(torch.randint(V, (B, n_source), device=DEVICE), lengths)
+            self.source = {"memory": model.project(encoded, lengths)}
+        at = torch.tensor(starts, device=DEVICE) - 1
+        self.at = at.view(-1, 1) if len(starts) > 1 else at
+        self.caches = [model.new_cache(B, self.ids.size(1)) for _ in "ab"]
+        for cache in self.caches:
+            model.features(self.ids[:, : max(starts)], cache=cache, start_pos=0, **self.source)
+        self.step = Step(model, self.ids, self.at, self.caches[0], self.source.get("memory"), n_vocab)
+
+    def check(self, bound):
+        """One step of both: the largest logit of every block, and the caches, are near, the ids equal."""
+        B, at = len(self.ids), self.at.view(-1, 1).expand(len(self.ids), 1).clone()
+        newest, start = self.ids.gather(1, at), self.at.view(-1).clone()
+        x = self.model.features(newest, cache=self.caches[1], start_pos=start, **self.source)
+        logits = self.model.lm_head(x)[:, 0, : self.n_vocab].float()
+        self.step()
+        width = kernels.block(self.model.lm_head.weight)[0]
+        padded = torch.nn.functional.pad(logits, (0, -logits.size(1) % width), value=float("-inf"))
+        most = padded.view(B, -1, width).amax(-1)
+        assert (self.step.most - most).abs().max() <= bound * logits.abs().max()
+        for ours, plain in zip(*(cache.k + cache.v for cache in self.caches)):
+            assert (ours - plain).abs().max() <= bound * plain.abs().max()
+        assert torch.equal(self.ids.gather(1, at + 1), logits.argmax(-1, keepdim=True)), at
+        assert torch.equal(self.at.view(-1, 1).expand(B, 1), (at + 1).clamp(max=self.ids.size(1) - 2))
+
+
+CASES = {
+    "one row": (GPT, {}, 1, [5], {}),
+    "width no power of two": (GPT, dict(n_embd=48, n_head=3), 1, [5], {}),
+    "rows at places of their own": (GPT, {}, 4, [7, 5, 1, 6], {}),
+    "shared heads, own head": (GPT, dict(n_head=4, n_kv_head=2, tie_weights=False), 3, [9], dict(n_vocab=13)),
+    "bart": (BART, {}, 1, [1], dict(n_source=9)),
+    "bart, ragged sources": (BART, dict(scale_embedding=True, n_cross_kv_head=1), 3, [2, 1, 2],
+                             dict(n_source=12, ragged=True)),
+    "bart without a source": (BART, {}, 2, [2], {}),
+}
+
+
+@runs
+@pytest.mark.parametrize("name", CASES)
+@torch.inference_mode()
+def test_a_step_is_the_plain_models(name):
+    cls, sizes, B, starts, options = CASES[name]
+    pair = Pair(build(cls, **sizes), B, starts, 2, **options)
+    for _ in range(2):
+        pair.check(1e-5)
+    assert pair.step.finite.all()
+
+
+@runs
+@torch.inference_mode()
+def test_warps_may_share_rows_of_a_weight(monkeypatch):
+    monkeypatch.setattr(kernels, "block", lambda weight: (2, up(weight.size(1))))
+    Pair(build(BART), 2, [3], 1, n_source=5).check(1e-5)
+
+
+@runs
+@pytest.mark.parametrize("cls, n_source", [(GPT, None), (BART, 33)])
+@torch.inference_mode()
+def test_tiles_of_attention_are_joined(cls, n_source, monkeypatch):
+    """Positions of one tile, of several, and of none yet; a tile's first position and its last."""
+    monkeypatch.setattr(kernels, "TILE", 16)
+    pair = Pair(build(cls), 2, [15, 1], 3, n_source, ragged=bool(n_source))
+    for _ in range(3):
+        pair.check(1e-5)
+
+
+@runs
+@torch.inference_mode()
+def test_int8_weights_have_a_scale_for_each_row():
+    model = build(GPT)
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, torch.nn.Linear):
+                setattr(module, name, Int8(child))
+    Pair(model, 2, [4], 1).check(1e-5)
+
+
+@runs
+@torch.inference_mode()
+def test_of_equal_logits_the_lowest_id_is_chosen_and_what_is_not_finite_is_noticed():
+    model = build(BART)
+    model.lm_head.weight = torch.nn.Parameter(torch.zeros_like(model.lm_head.weight))
+    for bias, chosen, finite in ((0.0, 7, True), (float("-inf"), 7, True), (float("nan"), None, False)):
+        model.lm_head.bias.zero_()[[7, 10, 20]] = 1.0
+        model.lm_head.bias[3] = bias
+        pair = Pair(model, 1, [2], 1)
+        pair.step()
+        assert pair.step.finite.tolist() == [finite] and (not finite or pair.ids[0, 2] == chosen)
+
+
+@runs
+@torch.inference_mode()
+def test_a_step_beyond_the_end_harms_nothing():
+    pair = Pair(build(GPT), 2, [3], 1)
+    for _ in range(2):
+        pair.check(1e-5)
+    before = pair.ids.clone()
+    pair.step()
+    assert torch.equal(pair.ids, before) and pair.at.item() == pair.ids.size(1) - 2
+
+
+@on_gpu
+@pytest.mark.parametrize("name, source", [("gpt2", None), ("bart-base", 300)])
+@torch.inference_mode()
+def test_published_sizes_write_the_same_200_ids_captured(name, source):
+    torch.backends.cuda.matmul.allow_tf32 = False
+    pair = Pair(random_model(name, torch.float32, DEVICE), 2, [32, 17], 200, source, ragged=bool(source))
+    pair.check(1e-4)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        pair.step()
+    pair.step = type("Replay", (), {"__call__": lambda self: graph.replay(), "most": pair.step.most})()
+    for _ in range(199):
+        pair.check(1e-4)
+
+
+@on_gpu
+@torch.inference_mode()
+def test_bfloat16_chooses_as_the_same_weights_in_float32_wherever_the_gap_is_larger_than_the_error():
+    model = random_model("gpt2", torch.bfloat16, DEVICE)
+    pair = Pair(model, 1, [32], 100)
+    for _ in range(100):
+        pair.step()
+    exact = GPT(replace(model.config)).to(DEVICE).eval()
+    exact.load_state_dict(model.float().state_dict())
+    logits = exact(pair.ids)[0, 31:-1]
+    top = logits.topk(2).values
+    certain = top[:, 0] - top[:, 1] > 0.02 * logits.abs().amax(-1)
+    assert certain.sum() > 20
+    assert torch.equal(logits.argmax(-1)[certain], pair.ids[0, 32:][certain])
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="this is for where there is no CUDA device")
+def test_elsewhere_the_plain_model_does_it():
+    model, ids = build(GPT), torch.zeros(1, 8, dtype=torch.long)
+    cache = model.new_cache(1, 8)
+    assert not Step.fits(model.cpu(), ids, cache)
+
+
+@pytest.mark.parametrize("rows, remedy", [("1", "use bench.py decode"), ("5", "must be from 1 to 4")])
+@pytest.mark.skipif(DEVICE == "cuda", reason="this is for where there is no CUDA device")
+def test_what_the_command_cannot_measure_is_refused(rows, remedy):
+    with pytest.raises(UserError, match=remedy):
+        kernel_bench.main(["--random", "gpt2", "--rows", rows])
+
+
+@on_gpu
+@torch.inference_mode()
+def test_what_does_not_fit_is_said():
+    def fits(model, rows=1, length=8, **cached):
+        ids = torch.zeros(rows, length, dtype=torch.long, device=DEVICE)
+        cache = model.new_cache(rows, cached.get("room", length))
+        model.features(ids[:, :1], cache=cache, start_pos=0)
+        return Step.fits(model, ids, cache)
+
+    assert fits(build(GPT)) and fits(build(BART), rows=4) and fits(build(GPT, dtype=torch.float16))
+    assert not fits(build(GPT), rows=5) and not fits(build(GPT, dtype=torch.float64))
+    assert not fits(build(GPT, pattern="local:4")) and not fits(build(GPT, n_embd=36, n_head=3))
+    assert not fits(build(GPT), length=8, room=6)
+
+
+@pytest.mark.skipif(not triton or INTERPRETED or DEVICE == "cuda", reason="needs Triton, and no CUDA device")
+def test_here_the_kernels_are_interpreted():
+    command = [sys.executable, "-m", "pytest", "-q", "--noconftest", __file__]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent,
+                          env=os.environ | {"TRITON_INTERPRET": "1"})
+    assert done.returncode == 0, done.stdout
