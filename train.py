@@ -102,7 +102,8 @@ def make_optimizers(model, config):
     matrices = [p for name, p in trained.items() if p.dim() >= 2 and name not in inner]
     vectors = [p for p in trained.values() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    optimizers = [torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2))]
+    fused = config.device.startswith("cuda") or None  # elsewhere as torch sees fit
+    optimizers = [torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2), fused=fused)]
     if inner:  # its updates rescaled to the size of AdamW's, so that one learning rate serves both
         optimizers.append(torch.optim.Muon([trained[name] for name in inner], lr=config.lr, momentum=0.9,
                                            weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"))
@@ -118,7 +119,9 @@ def loss_sum(model, inputs, labels):
 
 def to(device, batch):
     inputs, labels = batch
-    return tuple(x.to(device) for x in inputs), labels.to(device)
+    cuda = device.startswith("cuda")  # where a copy from pinned memory waits in the GPU's queue, and we need not
+    *inputs, labels = ((x.pin_memory() if cuda else x).to(device, non_blocking=cuda) for x in (*inputs, labels))
+    return tuple(inputs), labels
 
 
 @torch.no_grad()
@@ -154,12 +157,13 @@ def update(model, optimizers, batches, config, autocast, loss_sum=loss_sum):
         part.backward()
         loss += part.detach()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
-    if not torch.isfinite(loss + norm):  # looked at before the step, so that the weights are still the good ones
+    loss, norm, count = loss.item(), norm.item(), count.item()  # all here: later they would wait for the step as well
+    if not math.isfinite(loss + norm):  # looked at before the step, so that the weights are still the good ones
         raise NonFiniteError(f"the loss is {loss:.4g} and its gradient's norm {norm:.4g}")
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad()
-    return loss.item(), norm.item(), count.item()
+    return loss, norm, count
 
 
 # -----------------------------------------------------------------------------

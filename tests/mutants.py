@@ -3,6 +3,7 @@ Break the code on purpose, one bug at a time, and see that the tests notice.
 
     python tests/mutants.py             all of them, two at a time
     python tests/mutants.py NAME ...    some
+    python tests/mutants.py 40          so many, which depends on this file alone
 
 A mutant is a mistake that somebody really made in some codebase. Each is a function below, which replaces functions of
 the project from outside, in a process of its own in which the tests of attention, model and generation must then fail.
@@ -14,6 +15,7 @@ import functools
 import inspect
 import math
 import os
+import random
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -1257,6 +1259,8 @@ def outcome(name):
 
 if __name__ == "__main__":
     names = sys.argv[1:] or list(MUTANTS)
+    if names[0].isdecimal():
+        names = random.Random(Path(__file__).read_text()).sample(list(MUTANTS), int(names[0]))
     if unknown := [name for name in names if name not in MUTANTS]:
         sys.exit(f"there is no mutant {unknown[0]!r}\n{__doc__}")
     with ThreadPoolExecutor(2) as pool:
