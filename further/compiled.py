@@ -15,8 +15,9 @@ no shape may change; a step reads the keys and values of all the room there is. 
 """
 
 import weakref
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from functools import lru_cache, partial
+from io import StringIO
 from types import FunctionType
 
 import torch
@@ -68,7 +69,8 @@ class Steps:
         """
         never = dict.fromkeys(["recompile_limit", "accumulated_recompile_limit"], 2**20)
         with torch._dynamo.config.patch(never), torch._inductor.config.patch(self.options):
-            yield
+            with redirect_stderr(StringIO()):  # where it tells all that it tries
+                yield
 
 
 def own(function):
