@@ -23,16 +23,11 @@ patterns and shared heads by themselves. All decode greedily.
 """
 
 import json
-import os
-import shutil
-import subprocess
 import sys
-import tempfile
-import time
-from pathlib import Path
+from argparse import Namespace
 from statistics import median
 
-from plumbing.errors import WHOLE, Parser, UserError, guard_imports, run
+from plumbing.errors import Parser, UserError, guard_imports, run
 
 if __name__ == "__main__":
     guard_imports()  # torch's take seconds
@@ -43,10 +38,10 @@ from tqdm import tqdm
 from compare import compare
 from cost import attention_weights, count, matrix
 from generate import find_strategy, generate, strategies
-from plumbing import attention_bench, cli, pairs, report
-from plumbing.models import PRESETS, check_memory, count_parameters, random_config, random_model
-from plumbing.utils import DTYPES, pick_device
-from plumbing.weights import load_pretrained, save_pretrained
+from plumbing import attention_bench, cli, load_bench, pairs, report, speed
+from plumbing.machine import fresh, machine
+from plumbing.models import check_memory
+from plumbing.utils import pick_device
 from roofline import Products, bandwidth, explain, seconds_per_call
 
 # -----------------------------------------------------------------------------
@@ -104,9 +99,18 @@ def measure_decoding(request):
                 **explain(model, prompts, products, seconds, step, **request.options))
 
 
-def print_decoding(request, args):
-    result = measure_decoding(request)
-    print(json.dumps(result) if request.json else report.roofline_table(result["bandwidth"], [result]))
+def print_speed(args, parse, words):
+    """Requests, timed; of decode also a plain step's prediction beside its measurement."""
+    where, engines = speed.measure(args, parse, words)
+    if args.plot is not None:
+        speed.plot(where, engines, args.plot)
+    if args.json:
+        print("\n".join(map(json.dumps, [where, *engines])))
+    else:
+        print(speed.table(where, engines))
+    if args.section == "decode":
+        result = measure_decoding(cli.read(Namespace(**vars(args) | dict(compile=False))))
+        print(json.dumps(result) if args.json else "\n" + report.roofline_table(result["bandwidth"], [result]))
 
 
 def decode_settings(parse):
@@ -154,112 +158,6 @@ def write_report(request, args):
     print(f"wrote {args.output}", file=sys.stderr)
 
 
-def fresh(function, *args):
-    """What a function of this project returns in a process of its own."""
-    code = ("import importlib, json, sys; name, module, args = sys.argv[1:]; "
-            "print(json.dumps(getattr(importlib.import_module(module), name)(*json.loads(args))))")
-    module = Path(__file__).stem if function.__module__ == "__main__" else function.__module__
-    command = [sys.executable, "-c", code, function.__name__, module, json.dumps(args)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
-    if done.returncode:
-        raise UserError((done.stderr.splitlines() or [f"killed, {done.returncode}"])[-1].split("UserError: ")[-1])
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def proc(path, key):
-    """The value behind a key in a file of /proc."""
-    lines = Path("/proc", path).read_text().splitlines()
-    return next(line.split(":")[1].strip() for line in lines if line.startswith(key))
-
-
-def machine(device):
-    """What a time needs beside it."""
-    gpu = f"{torch.cuda.get_device_name(device)}, " if device.startswith("cuda") else ""
-    return (f"{gpu}{os.cpu_count()} x {proc('cpuinfo', 'model name')}, {torch.get_num_threads()} threads, load "
-            f"{os.getloadavg()[0]:.1f}, torch {torch.__version__}")
-
-
-# -----------------------------------------------------------------------------
-# load
-
-
-def measure_read(paths):
-    """Seconds to read files into new memory, with one readinto() each."""
-    start = time.perf_counter()
-    for path in paths:
-        with open(path, "rb") as file:
-            file.readinto(torch.empty(os.path.getsize(path), dtype=torch.uint8).numpy())
-    return time.perf_counter() - start
-
-
-def measure_load(directory, dtype, device):
-    """Seconds that load_pretrained takes, and the most memory it uses beyond what was in use before."""
-    resident = lambda key: int(proc("self/status", key).split()[0]) * 1024
-    torch.empty(1, device=device)
-    cuda, before, start = torch.cuda.is_initialized(), resident("VmRSS"), time.perf_counter()
-    model, _ = load_pretrained(directory, DTYPES.get(dtype), device)
-    if cuda:
-        torch.cuda.synchronize()
-    return {"seconds": time.perf_counter() - start, "dtype": str(model.wte.weight.dtype).removeprefix("torch."),
-            "bytes": resident("VmHWM") - before, "gpu_bytes": torch.cuda.max_memory_allocated() if cuda else 0}
-
-
-@torch.no_grad()
-def measure_parity(directory, device):
-    """The largest difference between our logits and transformers', in fp32, on random ids of shape (2, 64)."""
-    import transformers
-    model, _ = load_pretrained(directory, torch.float32, device)
-    bart, T = model.config.is_encoder_decoder, min(64, model.config.block_size)
-    source, target = torch.randint(model.config.vocab_size, (2, 2, T), generator=torch.manual_seed(0)).to(device)
-    ours = model(source, target) if bart else model(source)
-    kind = transformers.BartForConditionalGeneration if bart else transformers.GPT2LMHeadModel
-    theirs = kind.from_pretrained(directory, dtype=torch.float32).to(device).eval()
-    theirs = theirs(source, decoder_input_ids=target) if bart else theirs(source)
-    return {"difference": (ours - theirs.logits).abs().max().item(), "largest_logit": ours.abs().max().item()}
-
-
-def save_random(directory, name, dtype, overrides):
-    save_pretrained(directory, random_model(name, DTYPES[dtype], "cpu", overrides))
-
-
-def check_disk(folder, name, dtype, overrides):
-    """Raise UserError if a random model does not fit where it is to be written."""
-    config, free = random_config(name, overrides)[1], shutil.disk_usage(folder).free
-    need = count_parameters(config) * DTYPES[dtype].itemsize
-    if 1.1 * need > free:
-        raise UserError(f"{name} needs {need / 2**30:.1f} GiB in {folder}, and {free / 2**30:.1f} GiB are free there: "
-                        f"set TMPDIR to a folder with more")
-
-
-def measure_loading(directory, args):
-    """What loading costs, as a dict."""
-    paths = sorted(map(str, Path(directory).absolute().glob("*.safetensors"))) if directory else []  # "" is no "."
-    if not paths:
-        raise UserError(f"{directory!r:.150} has no *.safetensors: pass the directory of a model")
-    directory = os.path.dirname(paths[0])
-    measure_read(paths)  # from here on they are in the page cache
-    read, loaded = zip(*((fresh(measure_read, paths), fresh(measure_load, directory, args.dtype, args.device))
-                         for _ in range(args.pairs)))
-    seconds, size = [l["seconds"] for l in loaded], sum(map(os.path.getsize, paths))
-    result = {"model": args.random or args.model, "dtype": loaded[0]["dtype"], "device": args.device,
-              "file_bytes": size, "machine": machine(args.device), "read_seconds": read, "load_seconds": seconds,
-              "ratios": [b / a for a, b in zip(read, seconds)], "memory_ratio": max(l["bytes"] for l in loaded) / size,
-              "gpu_memory_ratio": max(l["gpu_bytes"] for l in loaded) / size}
-    return result | (fresh(measure_parity, directory, args.device) if args.parity else {})
-
-
-def report_loading(r):
-    names = {"read_seconds": "seconds to read", "load_seconds": "seconds to load", "ratios": "load / read"}
-    lines = [f"load {r['model']}, {r['dtype']}, {r['device']}: {r['file_bytes'] / 1e6:,.1f} MB, medians of "
-             f"{len(r['ratios'])} pairs", r["machine"]]
-    lines += [f"{name:16} {median(r[key]):.3f} ({min(r[key]):.3f} to {max(r[key]):.3f})" for key, name in names.items()]
-    lines.append(f"most memory / file size: {r['memory_ratio']:.3f}, on the GPU {r['gpu_memory_ratio']:.3f}")
-    if "difference" in r:
-        lines.append(f"logits differ from transformers' by at most {r['difference']:.1e} in fp32 (the largest is "
-                     f"{r['largest_logit']:.1f})")
-    return "\n  ".join(lines)
-
-
 # -----------------------------------------------------------------------------
 
 
@@ -278,43 +176,25 @@ def compare_ways(args):
     print(json.dumps(result) if args.json else f"{result['machine']}\n\n{pairs.table(result)}")
 
 
-def add_load(parser):
-    add = parser.add_argument
-    add("--model", metavar="DIR", help="a Hugging Face directory")
-    add("--random", metavar="PRESET", choices=PRESETS, help=f"a random model: {', '.join(PRESETS)}")
-    add("--dtype", choices=sorted(DTYPES), help="of the loaded weights; default: as in the file")
-    add("--device", default="cpu", help="auto, cpu, cuda or mps")
-    add("--pairs", type=WHOLE, default=7, help="measurements of each kind")
-    add("--parity", action="store_true", help="compare the logits with transformers' in fp32")
-    add("--json", action="store_true", help="one JSON object")
-
-
 def load(args):
-    if args.pairs < 1:
-        raise UserError(f"--pairs {args.pairs} must be at least 1")
-    if (args.model is None) == (args.random is None):
-        raise UserError("give one of --model DIR and --random PRESET")
-    args.device = pick_device(args.device)
-    with tempfile.TemporaryDirectory() as folder:
-        if args.random:
-            wanted = args.random, args.dtype or "float32", args.overrides
-            check_disk(tempfile.gettempdir(), *wanted)
-            fresh(save_random, folder, *wanted)
-        result = measure_loading(folder if args.model is None else args.model, args)
-    print(json.dumps(result) if args.json else report_loading(result))
+    result = load_bench.measure(args)
+    print(json.dumps(result) if args.json else load_bench.table(result))
 
 
 def main(args=None):
     parser = Parser(prog="bench.py", description=__doc__)
     sections = parser.add_subparsers(dest="section", required=True)
     decoding = {"compare": (print_comparison, "every strategy on the same input: what it writes, what it costs"),
-                "decode": (print_decoding, "what a decode step should take on this machine, and what it takes"),
                 "trace": (print_trace, "the shape of every matrix product, which are fixed and which grow"),
                 "report": (write_report, "a page that shows the decoding step by step")}
-    for name, (_, what) in decoding.items():
+    timed = {"decode": "how fast decode steps are, how fast they should be, and what others make of it",
+             "prefill": "how fast a prompt is read, and the first token is there"}
+    for name, what in ({name: what for name, (_, what) in decoding.items()} | timed).items():
         section = sections.add_parser(name, description=what)
         cli.add_arguments(section)
         cli.add_random(section)
+        if name in timed:
+            speed.add_arguments(section)
         if name == "trace":
             section.add_argument("--strategy", help=f"{cli.STRATEGY}; default: cached")
         if name == "compare":
@@ -322,16 +202,19 @@ def main(args=None):
                                  f"against; each is {cli.STRATEGY}; default: all that the model has")
         if name == "report":
             section.add_argument("--output", metavar="FILE.html", required=True, help="where the page is written")
-    add_load(sections.add_parser("load", description="load_pretrained beside reading the file"))
+    load_bench.add_arguments(sections.add_parser("load", description=load_bench.__doc__))
     attention_bench.add_arguments(sections.add_parser("attention", description=attention_bench.__doc__))
     for name in pairs.WAYS:
         pairs.add_arguments(sections.add_parser(name, description=pairs.__doc__), name)
-    args = parser.parse_args(args)
+    words = speed.joined(sys.argv[1:] if args is None else args)
+    args = parser.parse_args(words)
     others = {"load": load, "attention": attention} | dict.fromkeys(pairs.WAYS, compare_ways)
     if args.section in others:
         return others[args.section](args)
     if args.section == "decode" and args.model is None and args.random is None:
         return decode_settings(parser.parse_args)
+    if args.section in timed:
+        return print_speed(args, parser.parse_args, words)
     if args.section in ("trace", "report") and args.rows > 1:
         raise UserError(f"{args.section} shows one text: leave out --num-samples {args.rows}")
     decoding[args.section][0](cli.read(args), args)

@@ -16,7 +16,7 @@ from model import GPT, GPTConfig
 from plumbing.errors import WHOLE, UserError
 from plumbing.models import free_memory
 from plumbing.patterns import named
-from plumbing.report import aligned
+from plumbing.report import aligned, picture
 from plumbing.utils import DTYPES, pick_device
 from sparse import Strided
 
@@ -199,21 +199,13 @@ def tables(result):
 
 
 def plot(result, path):
-    """Time by length, a line for each kind of pattern, as a picture. Raises UserError where that cannot be."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError(f"--plot {path:.60} needs matplotlib: pip install matplotlib") from None
-    figure = Figure(figsize=(7, 5), layout="tight")
-    axes, lines = figure.add_subplot(), {}
-    for t in result["texts"]:
-        kind = "+".join(part.split(":")[0] for part in t["pattern"].split("+"))
-        lines.setdefault(kind + " (FlexAttention)" * t["flex"], []).append((t["n"], 1e3 * t["seconds"]))
-    for kind, points in lines.items():
-        axes.loglog(*zip(*points), "o--" if "Flex" in kind else "o-", label=kind)
-    axes.set(xlabel="positions", ylabel="ms")
-    axes.legend()
-    try:
-        figure.savefig(path, format="png")
-    except OSError as error:
-        raise UserError(f"cannot write {path:.60}: {error.strerror or error}") from None
+    """Time by length, a line for each kind of pattern, as a picture."""
+    with picture(path) as figure:
+        axes, lines = figure.add_subplot(), {}
+        for t in result["texts"]:
+            kind = "+".join(part.split(":")[0] for part in t["pattern"].split("+"))
+            lines.setdefault(kind + " (FlexAttention)" * t["flex"], []).append((t["n"], 1e3 * t["seconds"]))
+        for kind, points in lines.items():
+            axes.loglog(*zip(*points), "o--" if "Flex" in kind else "o-", label=kind)
+        axes.set(xlabel="positions", ylabel="ms")
+        axes.legend()

@@ -9,6 +9,7 @@ import base64
 import json
 import os
 from collections import Counter
+from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 
@@ -176,6 +177,25 @@ def told(s):
 def strict_json(result):
     """As JSON, which has neither infinities nor NaN: they are null."""
     return json.dumps(json.loads(json.dumps(result), parse_constant=lambda name: None))
+
+
+# -----------------------------------------------------------------------------
+# Pictures
+
+
+@contextmanager
+def picture(path):
+    """A figure of matplotlib's to draw on, which is saved in the end. Raises UserError where that cannot be."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError(f"--plot {path:.60} needs matplotlib: pip install matplotlib") from None
+    figure = Figure(figsize=(7, 5), layout="tight")
+    yield figure
+    try:
+        figure.savefig(path, format="png")
+    except OSError as error:
+        raise UserError(f"cannot write {path:.60}: {error.strerror or error}") from None
 
 
 # -----------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import bench
 from compare import compare
 from conftest import call
 from model import BART
-from plumbing import models, pairs
+from plumbing import load_bench, models, pairs
 from plumbing.weights import save_pretrained
 
 
@@ -30,14 +30,14 @@ def test_loading_is_measured_in_pairs_and_compared_with_transformers(tiny):
     assert len(result["read_seconds"]) == len(result["load_seconds"]) == len(result["ratios"]) == 2
     assert min(result["read_seconds"] + result["load_seconds"]) > 0 and result["difference"] < 1e-5
     assert result["file_bytes"] == (tiny / "model.safetensors").stat().st_size and result["dtype"] == "float32"
-    report = bench.report_loading(result)
+    report = load_bench.table(result)
     assert "load / read" in report and "transformers" in report and "torch" in report
 
 
 def test_a_random_model_is_removed_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(bench.tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setitem(bench.PRESETS, "tiny", ("gpt", dict(n_layer=1, n_head=1, n_embd=4, vocab_size=9, block_size=4)))
-    monkeypatch.setattr(bench, "fresh", lambda function, *args: function(*args))
+    monkeypatch.setattr(load_bench.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setitem(load_bench.PRESETS, "tiny", ("gpt", dict(n_layer=1, n_head=1, n_embd=4, vocab_size=9, block_size=4)))
+    monkeypatch.setattr(load_bench, "fresh", lambda function, *args: function(*args))
     outcome = call(bench.main, "load", "--random", "tiny", "--dtype", "bfloat16", "--pairs", 1)
     assert outcome.code == 0 and "load tiny, bfloat16, cpu" in outcome.out, outcome
     wider = call(bench.main, "load", "--random", "tiny", "--pairs", 1, "--json", "--model.n_embd=64")
@@ -50,14 +50,14 @@ def test_a_random_model_is_removed_again(tmp_path, monkeypatch):
     ("load --model . --pairs 0", "--pairs 0"), ("load --random gpt2 --model x", "--model"),
     ("load --random gpt2 --device tpu", "tpu")])
 def test_bad_input_is_one_line(args, words, monkeypatch):
-    monkeypatch.setattr(bench, "save_random", None)
+    monkeypatch.setattr(load_bench, "save_random", None)
     outcome = call(bench.main, *args.split())
     assert outcome.code == 2 and words in outcome.err and outcome.err.count("\n") == 1 and not outcome.out
 
 
 def test_a_disk_without_room_is_refused_before_anything_is_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(bench.tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(bench.shutil, "disk_usage", lambda folder: bench.shutil._ntuple_diskusage(2**30, 2**30, 2**20))
+    monkeypatch.setattr(load_bench.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(load_bench.shutil, "disk_usage", lambda folder: load_bench.shutil._ntuple_diskusage(2**30, 2**30, 2**20))
     outcome = call(bench.main, "load", "--random", "gpt2-xl")
     assert outcome.code == 2 and "5.8 GiB" in outcome.err and "TMPDIR" in outcome.err and not any(tmp_path.iterdir())
 
