@@ -85,7 +85,8 @@ def convert(directory, vocab_size, output):
     import transformers
     words = tokenizers.models.WordLevel({str(i): i for i in range(vocab_size)}, unk_token="0")
     names = dict.fromkeys(["unk_token", "bos_token", "eos_token"], "0")
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer(words), **names).save_pretrained(directory)
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer(words), **names)
+    tokenizer.save_pretrained(directory)
     ctranslate2.converters.TransformersConverter(directory).convert(output)
 
 
@@ -146,8 +147,8 @@ class Worker:
         env = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}  # it would hurt some only
         code = "from plumbing.engines import serve; serve()"
         self.process = subprocess.Popen(
-            [sys.executable, "-P", "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-            text=True, env=env | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))})
+            [sys.executable, "-P", "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL, text=True, env=env | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))})
         self.send(job)
 
     def send(self, job):

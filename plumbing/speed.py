@@ -1,7 +1,7 @@
 """
 bench.py decode, prefill: how fast a request is answered, here and by other engines, and how fast it could be.
 
-    python bench.py decode --random gpt2 --prompt-tokens 32 --max-new-tokens 128 --against hf,ctranslate2,ctranslate2:int8
+    python bench.py decode --random gpt2 --prompt-tokens 32 --max-new-tokens 128 --against hf,ctranslate2:int8
     python bench.py prefill --random bart-base --prompt-tokens 1024 --max-new-tokens 2 --against hf
     python bench.py decode --random gpt2 --prompt-tokens 32 --also "--compile" --also "--compile --quantize int8"
 
@@ -37,7 +37,8 @@ from plumbing.utils import DTYPES, pick_device
 from plumbing.weights import save_pretrained
 from roofline import bandwidth, matmul_peak, multiply, read
 
-OTHERS = {"hf": ("transformers", [""]), "ctranslate2": ("ctranslate2", ["", *SIZES])}  # package, what may follow a colon
+# of each other engine its package, and what may follow a colon
+OTHERS = {"hf": ("transformers", [""]), "ctranslate2": ("ctranslate2", ["", *SIZES])}
 HOW = {"strategy", "dtype", "compile", "quantize"}  # what --also may change
 PAUSE = 0.3  # seconds before a turn: threads of the engine before may wait that long for work, and take the cores
 
@@ -46,8 +47,8 @@ def add_arguments(parser):
     add = parser.add_argument
     add("--strategy", help=f"{cli.STRATEGY}; default: cached")
     add("--against", metavar="A,B,...", help="other engines: hf (transformers), ctranslate2, ctranslate2:int8")
-    add("--also", action="append", default=[], metavar="ARGS", help="once more here, with these further arguments, e.g. "
-        "\"--compile --quantize int8\"; may be given several times")
+    add("--also", action="append", default=[], metavar="ARGS", help="once more here, with these further arguments, "
+        "e.g. \"--compile --quantize int8\"; may be given several times")
     add("--repeats", type=WHOLE, default=5, metavar="N", help="timed requests of each engine; default: 5")
     add("--plot", metavar="FILE.png", help="draw the speeds, and the limits, as bars")
 
@@ -71,8 +72,8 @@ def check(args, others):
         if find_spec(package) is None:
             raise UserError(f"--against {name} needs {package}: pip install {package}")
     if others and args.decoder_prompt is not None:
-        raise UserError(f"--decoder-prompt {args.decoder_prompt!r:.60} is not handed to other engines: leave it out, or "
-                        f"--against")
+        raise UserError(f"--decoder-prompt {args.decoder_prompt!r:.60} is not handed to other engines: leave it out, "
+                        f"or --against")
     if args.plot is not None:
         check_path(args.plot)
 
@@ -126,8 +127,8 @@ def compare(workers):
 
 def measure(args, parse, words):
     """
-    All that was measured: of the machine, a dict, and of every engine, a list of dicts. parse: the program's own parser,
-    for what --also adds to its words.
+    All that was measured: of the machine, a dict, and of every engine, a list of dicts. parse: the program's own
+    parser, for what --also adds to its words.
     """
     others, variants, names = args.against.split(",") if args.against else [], [args], ["minDecode"]
     for more in args.also:
@@ -147,7 +148,8 @@ def measure(args, parse, words):
         if args.random is None:  # standard input can be read once
             for variant in variants:
                 variant.prompt, variant.prompt_file, variant.stdin = asked["prompt"], None, None
-        jobs = [(name, asked | {"engine": "minDecode", "args": vars(variant)}) for name, variant in zip(names, variants)]
+        jobs = [(name, asked | {"engine": "minDecode", "args": vars(variant)})
+                for name, variant in zip(names, variants)]
         jobs += [(name, asked | {"engine": name.split(":")[0], "compute": name.partition(":")[2] or asked["dtype"]})
                  for name in others]
         with working(jobs) as workers:
@@ -203,9 +205,11 @@ def limit(where, engine):
 
 def table(where, engines):
     """The measurements as text."""
-    unit, per = ("MB/token", "bytes_per_token") if where["section"] == "decode" else ("MFLOP/token", "flops_per_prompt_token")
-    rows = [["engine", "precision", "tokens/s", "least to most", "of the first", unit, "of the limit", "first token, ms",
-             "request, s", "set-up, s", "peak, MB", "tokens"]]
+    unit, per = ("MB/token", "bytes_per_token")
+    if where["section"] == "prefill":
+        unit, per = ("MFLOP/token", "flops_per_prompt_token")
+    rows = [["engine", "precision", "tokens/s", "least to most", "of the first", unit, "of the limit",
+             "first token, ms", "request, s", "set-up, s", "peak, MB", "tokens"]]
     base = median(speeds(where, engines[0]))
     for engine in engines:
         found, most = speeds(where, engine), limit(where, engine)
@@ -219,8 +223,9 @@ def table(where, engines):
     threads = ", ".join(f"{engine['version']}: {engine['threads']} threads" for engine in
                         {engine["version"]: engine for engine in engines}.values())
     return (f"{where['machine']}\n{omp}; {threads}\n{where['section']}: {where['model']}, {where['rows']} x "
-            f"{where['prompt_tokens']:,} tokens read, {where['new_tokens']:,} written; it reads {where['bandwidth'] / 1e9:.1f} "
-            f"GB/s and multiplies {where['peak_flops'] / 1e9:,.0f} GFLOP/s in {where['dtype']}\n\n{aligned(rows)}")
+            f"{where['prompt_tokens']:,} tokens read, {where['new_tokens']:,} written; it reads "
+            f"{where['bandwidth'] / 1e9:.1f} GB/s and multiplies {where['peak_flops'] / 1e9:,.0f} GFLOP/s in "
+            f"{where['dtype']}\n\n{aligned(rows)}")
 
 
 def plot(where, engines, path):
