@@ -20,10 +20,9 @@ write the same, what does each cost, and where they differ, is it rounding or a 
 there is a bug: further.concat:slip is one, from a lecture note, its cache lacks the newest token. decode times
 requests, here and in other engines, against what the machine can read, and predicts a step; without a model it predicts
 and measures twenty settings. prefill times their first tokens, against what the machine can multiply, train the steps
-of a training. trace prints the shape
-of every matrix product, which are fixed and which grow. report writes a page that shows the decoding step by step. load
-says how long load_pretrained takes beside merely reading the file, and how much memory. attention measures the sparse
-patterns and shared heads by themselves. All decode greedily.
+of a training. trace prints the shape of every matrix product, which are fixed and which grow. report writes a page that
+shows the decoding step by step. load says how long load_pretrained takes beside merely reading the file, and how much
+memory. attention measures the sparse patterns and shared heads by themselves. All decode greedily.
 """
 
 import json
