@@ -3,7 +3,9 @@ Measure what the README claims, on your machine.
 
     python bench.py compare --model out/gpt-tiny --prompt "The if statement"
     python bench.py compare --random bart-base --prompt-tokens 1024 --max-new-tokens 100
-    python bench.py decode --random gpt2 --prompt-tokens 32 --max-new-tokens 32
+    python bench.py decode --random gpt2 --prompt-tokens 32 --max-new-tokens 32 --against hf,ctranslate2,ctranslate2:int8
+    python bench.py prefill --random bart-base --prompt-tokens 1024 --max-new-tokens 2 --also "--dtype bfloat16"
+    python bench.py train configs/gpt-tiny.toml
     python bench.py compare --random gpt2 --prompt-tokens 32 --strategies naive,cached,further.concat:slip
     python bench.py trace --model out/bart-headline --prompt-file article.txt
     python bench.py report --model out/bart-headline --prompt-file article.txt --output page.html
@@ -15,11 +17,12 @@ Measure what the README claims, on your machine.
 
 compare runs every strategy on the same input, or those that are named (MODULE:FUNCTION is one of your own): do they
 write the same, what does each cost, and where they differ, is it rounding or a bug, and where? It exits with 1 where
-there is a bug: further.concat:slip is one, from a lecture note, its cache lacks the newest token. decode predicts how
-long a decode step takes on this machine, and measures it; without a model, for twenty settings. trace prints the shape
-of every matrix product, which are fixed and which grow. report writes a page that shows the decoding step by step. load
-says how long load_pretrained takes beside merely reading the file, and how much memory. attention measures the sparse
-patterns and shared heads by themselves. All decode greedily.
+there is a bug: further.concat:slip is one, from a lecture note, its cache lacks the newest token. decode times
+requests, here and in other engines, against what the machine can read, and predicts a step; without a model it predicts
+and measures twenty settings. prefill times their first tokens, against what the machine can multiply, train the steps
+of a training. trace prints the shape of every matrix product, which are fixed and which grow. report writes a page that
+shows the decoding step by step. load says how long load_pretrained takes beside merely reading the file, and how much
+memory. attention measures the sparse patterns and shared heads by themselves. All decode greedily.
 """
 
 import json
@@ -38,7 +41,7 @@ from tqdm import tqdm
 from compare import compare
 from cost import attention_weights, count, matrix
 from generate import find_strategy, generate, strategies
-from plumbing import attention_bench, cli, load_bench, pairs, report, speed
+from plumbing import attention_bench, cli, load_bench, pairs, report, speed, train_bench
 from plumbing.machine import fresh, machine
 from plumbing.models import check_memory
 from plumbing.utils import pick_device
@@ -176,9 +179,10 @@ def compare_ways(args):
     print(json.dumps(result) if args.json else f"{result['machine']}\n\n{pairs.table(result)}")
 
 
-def load(args):
-    result = load_bench.measure(args)
-    print(json.dumps(result) if args.json else load_bench.table(result))
+def print_measured(args):
+    module = {"load": load_bench, "train": train_bench}[args.section]
+    result = module.measure(args)
+    print(json.dumps(result) if args.json else module.table(result))
 
 
 def main(args=None):
@@ -203,12 +207,13 @@ def main(args=None):
         if name == "report":
             section.add_argument("--output", metavar="FILE.html", required=True, help="where the page is written")
     load_bench.add_arguments(sections.add_parser("load", description=load_bench.__doc__))
+    train_bench.add_arguments(sections.add_parser("train", description=train_bench.__doc__))
     attention_bench.add_arguments(sections.add_parser("attention", description=attention_bench.__doc__))
     for name in pairs.WAYS:
         pairs.add_arguments(sections.add_parser(name, description=pairs.__doc__), name)
     words = speed.joined(sys.argv[1:] if args is None else args)
     args = parser.parse_args(words)
-    others = {"load": load, "attention": attention} | dict.fromkeys(pairs.WAYS, compare_ways)
+    others = {"load": print_measured, "train": print_measured, "attention": attention} | dict.fromkeys(pairs.WAYS, compare_ways)
     if args.section in others:
         return others[args.section](args)
     if args.section == "decode" and args.model is None and args.random is None:

@@ -171,13 +171,18 @@ def update(model, optimizers, batches, config, autocast, loss_sum=loss_sum):
 
 def train(model_values, data_config, config):
     """Train as configured, anew or from the newest checkpoint in out_dir. Returns the last held-out loss, in nats."""
-    device = pick_device(config.device)
-    dtype = config.dtype if config.dtype != "auto" else "bfloat16" if device.startswith("cuda") else "float32"
-    config = replace(config, device=device, dtype=dtype)
+    config = settled(config)
     this_run, data, model, optimizers = set_up(model_values, data_config, config)
     loop(this_run, data, model, optimizers, config)
     this_run.plot()
     return this_run.val_loss
+
+
+def settled(config):
+    """The same TrainConfig with the device and the dtype that are meant by "auto" here."""
+    device = pick_device(config.device)
+    dtype = config.dtype if config.dtype != "auto" else "bfloat16" if device.startswith("cuda") else "float32"
+    return replace(config, device=device, dtype=dtype)
 
 
 def set_up(model_values, data_config, config):

@@ -112,6 +112,14 @@ def ct2(job):
                        weight_size=SIZES[weight], kept_size=SIZES[(kept or [weight])[0]])
 
 
+def timed(write):
+    """What is written, the seconds to the first token and to the last, and the most memory so far, as a dict."""
+    times, start = [], time.perf_counter()
+    ids = write(lambda: times.append(time.perf_counter() - start))
+    return dict(seconds=time.perf_counter() - start, ids=ids, first=times[0], steps=len(times), peak=resident("VmHWM"),
+                gpu_peak=torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else 0)
+
+
 ENGINES = {"minDecode": ours, "hf": hf, "ctranslate2": ct2}
 
 
@@ -126,11 +134,7 @@ def serve():
             Path("/proc/self/clear_refs").write_text("5")
         say(**about, threads=torch.get_num_threads())
         for _ in sys.stdin:
-            times, start = [], time.perf_counter()
-            ids = write(lambda: times.append(time.perf_counter() - start))
-            seconds = time.perf_counter() - start
-            say(ids=ids, first=times[0], seconds=seconds, steps=len(times), peak=resident("VmHWM"),
-                gpu_peak=torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else 0)
+            say(**timed(write))
     except Exception as error:  # whatever an engine does
         say(error=one_line(f"{type(error).__name__}: {error}"))
 

@@ -46,7 +46,7 @@ WHOLE, REAL = plain(int, "whole number"), plain(float, "number")
 class Parser(argparse.ArgumentParser):
     """
     argparse that accepts --max_new_tokens for --max-new-tokens, reports a mistake in one line, and collects what has
-    the form --model.key=value as `overrides`.
+    the form --section.key=value, of a configuration's sections, as `overrides`.
     """
 
     def __init__(self, **kwargs):
@@ -55,7 +55,7 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args=None, namespace=None):
         words = sys.argv[1:] if args is None else args
         words = [re.sub(r"^--[a-z_]+", lambda flag: flag[0].replace("_", "-"), word) for word in words]
-        overrides = [word for word in words if word.startswith("--model.")]
+        overrides = [word for word in words if word.startswith(("--model.", "--data.", "--train."))]
         args = super().parse_args([word for word in words if word not in overrides], namespace)
         args.overrides = overrides
         if overrides and getattr(args, "random", None) is None:

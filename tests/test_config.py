@@ -219,7 +219,8 @@ PLUMBING = sorted(ROOT.glob("plumbing/*.py"))
 SOURCE = LESSON + FURTHER + PLUMBING
 KNOWS = {"models": {"model"}, "weights": {"model"}, "patterns": {"attention", "sparse"},
          "attention_bench": {"attention", "cache", "model", "sparse"}, "checks": {"cost"},  # who builds, of plumbing/
-         "cli": {"sampling"}, "pairs": {"further", "generate"}}
+         "cli": {"sampling"}, "pairs": {"further", "generate"}, "engines": {"generate"}, "speed": {"cost", "generate", "roofline"},
+         "train_bench": {"cost", "roofline", "train"}}
 
 
 def nodes(path, *kinds):

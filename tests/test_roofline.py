@@ -78,11 +78,11 @@ def test_the_narrow_model_makes_the_same_calls(cls, config):
 def test_bench_decode_explains_a_step():
     args = ["decode", "--random", "gpt2", "--prompt-tokens", 6, "--device", "cpu", "--model.n_layer=1", "--model.n_head=2",
             "--model.n_embd=8", "--model.vocab_size=50", "--model.eos_id=2", "--num-samples", 2]
-    found = json.loads(call(bench.main, *args, "--max-new-tokens", 4, "--json").out)
+    found = json.loads(call(bench.main, *args, "--max-new-tokens", 4, "--repeats", 1, "--json").out.splitlines()[-1])
     assert found["prefill_tokens"] == 12 and found["batch_size"] == 2 and found["N"] == 6
     assert found["step_flops"] == 2 * 2 * (12 * 64 + 50 * 8) + 4 * 8 * 2 * 8  # linears; two products over 8 positions
     assert min(found[key] for key in ("step_seconds", "call_seconds", "product_seconds", "bandwidth")) > 0
-    shown = call(bench.main, *args, "--max-new-tokens", 4)
+    shown = call(bench.main, *args, "--max-new-tokens", 4, "--repeats", 1)
     assert shown.code == 0 and "calls + products" in shown.out
     refused = call(bench.main, *args, "--max-new-tokens", 1)
     assert refused.code == 2 and "--max-new-tokens 1" in refused.err and not refused.out
