@@ -3,7 +3,7 @@ Measure what the README claims, on your machine.
 
     python bench.py compare --model out/gpt-tiny --prompt "The if statement"
     python bench.py compare --random bart-base --prompt-tokens 1024 --max-new-tokens 100
-    python bench.py decode --random gpt2 --prompt-tokens 32 --max-new-tokens 32 --against hf,ctranslate2,ctranslate2:int8
+    python bench.py decode --random gpt2 --prompt-tokens 32 --max-new-tokens 32 --against hf,ctranslate2:int8
     python bench.py prefill --random bart-base --prompt-tokens 1024 --max-new-tokens 2 --also "--dtype bfloat16"
     python bench.py train configs/gpt-tiny.toml
     python bench.py compare --random gpt2 --prompt-tokens 32 --strategies naive,cached,further.concat:slip
@@ -213,7 +213,8 @@ def main(args=None):
         pairs.add_arguments(sections.add_parser(name, description=pairs.__doc__), name)
     words = speed.joined(sys.argv[1:] if args is None else args)
     args = parser.parse_args(words)
-    others = {"load": print_measured, "train": print_measured, "attention": attention} | dict.fromkeys(pairs.WAYS, compare_ways)
+    others = {"load": print_measured, "train": print_measured, "attention": attention}
+    others |= dict.fromkeys(pairs.WAYS, compare_ways)
     if args.section in others:
         return others[args.section](args)
     if args.section == "decode" and args.model is None and args.random is None:

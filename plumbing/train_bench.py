@@ -3,9 +3,10 @@ bench.py train: what a training step takes, beside what the machine can multiply
 
     python bench.py train configs/gpt-tiny.toml --train.batch_size=32
 
-The configuration is read as train.py reads it, the loop is its own, and nothing is kept. A token is a label that counts.
-FLOPs are those of the products, masked ones included: a forward pass, counted, and twice as many for the gradients by
-inputs and by weights. MFU (Chowdhery et al. 2022, appendix B) is what is left of the best that a matrix product reaches.
+The configuration is read as train.py reads it, the loop is its own, and nothing is kept. A token is a label that
+counts. FLOPs are those of the products, masked ones included: a forward pass, counted, and twice as many for the
+gradients by inputs and by weights. MFU (Chowdhery et al. 2022, appendix B) is what is left of the best that a matrix
+product reaches.
 """
 
 import sys
@@ -85,7 +86,8 @@ def table(r):
         f"{r['block_size']} a step, {r['dtype']}, {'compiled' if r['compiled'] else 'eager'}; medians of {len(speeds)} "
         f"steps after {FIRST}", r["machine"],
         f"tokens/s     {median(speeds):,.0f} ({min(speeds):,.0f} to {max(speeds):,.0f})",
-        f"a step       {median(seconds[FIRST:]):.3f} s, the first {seconds[0]:.3f}: {r['set_up_seconds']:.3f} of set-up",
+        f"a step       {median(seconds[FIRST:]):.3f} s, the first {seconds[0]:.3f}: {r['set_up_seconds']:.3f} of "
+        f"set-up",
         f"a token      {r['flops_per_token'] / 1e6:,.1f} MFLOP: {reached / 1e9:,.1f} GFLOP/s, MFU "
         f"{reached / r['peak_flops']:.1%} of the {r['peak_flops'] / 1e9:,.1f} of a product",
         f"most memory  {peak / 1e6:,.0f} MB"])
