@@ -58,8 +58,8 @@ class Steps:
 
     def __init__(self, model, weights):
         self.options, self.idle = compiler_options(model.wte.weight.device.type), {}
-        compile = lambda step: torch.compile(partial(own(step), model), fullgraph=True)
-        self.logits, self.greedy = compile(logits_of), compile(greedy)
+        fast = lambda step: torch.compile(partial(own(step), model), fullgraph=True)
+        self.logits, self.greedy = fast(logits_of), fast(greedy)
 
     @contextmanager
     def compiling(self):
