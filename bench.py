@@ -88,15 +88,14 @@ SETTINGS = [f"decode --random={model} --prompt-tokens={N} --num-samples={B} --ma
 def measure_decoding(request):
     """The cached decoding of a cli.Request, explained: a dict."""
     model, (prompts, max_new_tokens) = request.model, request.batch()
-    generate(model, prompts, min(max_new_tokens, 2), **request.options)  # what is set up once, before anybody looks on
-    with count(model) as cost:  # compiled or not, a step multiplies the same
-        generate(model, prompts, max_new_tokens, **request.options | dict(strategy="cached"))
+    with count(model) as cost:  # which also sets up what is set up once
+        generate(model, prompts, max_new_tokens, **request.options)
     seconds = seconds_per_call(model, prompts, max_new_tokens, **request.options)
     if len(seconds) < 2:
         raise UserError(f"--max-new-tokens {max_new_tokens} leaves no decode step after the first token: ask for 2")
     products = Products.of(model)
     step = cost.step(cost.steps // 2 + 1)
-    return dict(strategy=request.options.get("strategy", "cached").split(":")[-1], N=len(prompts[0]),
+    return dict(strategy=request.options.get("strategy", "cached"), N=len(prompts[0]),
                 prefill_tokens=cost.encoder[1] + cost.decoder[1], first_seconds=seconds[0],
                 bandwidth=bandwidth(products.device),
                 **explain(model, prompts, products, seconds, step, **request.options))

@@ -94,8 +94,6 @@ def add_arguments(parser):
     add("--json", action="store_true", help="for machines: one JSON object a line")
     add("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda or mps")
     add("--dtype", choices=sorted(DTYPES), help="of the weights; default: as in the file")
-    add("--compile", action="store_true", help="compile the decode step first, seconds to a minute: worth its wait for "
-        "long or many texts, see further/compiled.py")
     add("--quantize", choices=["int8"], help="hold the weights of linears as whole numbers: further/quantize.py")
     add("--seed", type=WHOLE, help="of what is drawn; default: different every time")
     # not every program has them
@@ -112,10 +110,17 @@ def add_random(parser):
                         "whole prompt")
 
 
+def add_compile(parser):
+    """For who only wants the text, and how fast: hooks see nothing of what is compiled."""
+    parser.add_argument("--compile", action="store_true", help="compile the decode step first, seconds to a minute: "
+                        "worth its wait for long or many texts, see further/compiled.py")
+
+
 def parse(doc, args=None):
     """The arguments of generate.py as a namespace. Raises UserError on what is wrong whatever the model."""
     parser = Parser(prog="generate.py", description=doc)
     add_arguments(parser)
+    add_compile(parser)
     add = parser.add_argument
     add("--num-samples", type=WHOLE, metavar="N", help="texts from one prompt, which is read once for all; default: 1")
     add("--overflow", choices=["refuse", "slide"], help="what becomes of a text longer than "

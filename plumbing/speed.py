@@ -44,6 +44,7 @@ PAUSE = 0.3  # seconds before a turn: threads of the engine before may wait that
 
 
 def add_arguments(parser):
+    cli.add_compile(parser)
     add = parser.add_argument
     add("--strategy", help=f"{cli.STRATEGY}; default: cached")
     add("--against", metavar="A,B,...", help="other engines: hf (transformers), ctranslate2, ctranslate2:int8")
@@ -157,8 +158,8 @@ def measure(args, parse, words):
             reads = take_turns(workers, args.repeats, torch.device(asked["device"]))
     B, N, dtype, device = len(asked["rows"]), len(asked["rows"][0]), asked["dtype"], asked["device"]
     where = dict(section=args.section, model=args.random or args.model, rows=B, prompt_tokens=N, new_tokens=asked["n"],
-                 machine=machine(device), omp={key: os.environ.get(key) for key in ("OMP_NUM_THREADS",)} |
-                 {"OMP_WAIT_POLICY": None}, bandwidth=median(reads), bandwidths=reads, dtype=dtype,
+                 machine=machine(device), bandwidth=median(reads), bandwidths=reads, dtype=dtype,
+                 omp={"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS"), "OMP_WAIT_POLICY": None},  # of the workers
                  peak_flops=matmul_peak(DTYPES[dtype], torch.device(device)))
     strategies = [variant.strategy for variant in variants] + ["cached"] * len(others)
     return where, [described(worker, *calls[strategy], B, N) for worker, strategy in zip(workers, strategies)]
@@ -205,9 +206,8 @@ def limit(where, engine):
 
 def table(where, engines):
     """The measurements as text."""
-    unit, per = ("MB/token", "bytes_per_token")
-    if where["section"] == "prefill":
-        unit, per = ("MFLOP/token", "flops_per_prompt_token")
+    unit, per = {"decode": ("MB/token", "bytes_per_token"),
+                 "prefill": ("MFLOP/token", "flops_per_prompt_token")}[where["section"]]
     rows = [["engine", "precision", "tokens/s", "least to most", "of the first", unit, "of the limit",
              "first token, ms", "request, s", "set-up, s", "peak, MB", "tokens"]]
     base = median(speeds(where, engines[0]))

@@ -143,3 +143,9 @@ def test_two_ways_take_turns_and_write_the_same(args, ways, rows, monkeypatch):
 def test_ways_that_cannot_be_compared_are_refused(args, words):
     outcome = call(bench.main, *args, "--random", "gpt2", "--model.n_layer=1", *SMALL, "--prompt-tokens", 5)
     assert outcome.code == 2 and outcome.out == "" and outcome.err.count("\n") == 1 and words in outcome.err
+
+
+@pytest.mark.parametrize("section", ["compare", "trace", "batch"])
+def test_what_looks_on_from_outside_does_not_know_a_compiled_step(section):
+    done = call(bench.main, section, "--random", "gpt2", "--prompt-tokens", 8, "--compile")
+    assert done.code == 2 and "--compile" in done.err and done.err.count("\n") == 1
