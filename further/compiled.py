@@ -28,6 +28,7 @@ from cache import Memory
 from generate import advance, encode, project
 from plumbing.checks import check_room
 from plumbing.errors import UserError
+from plumbing.utils import captured
 from sampling import Chooser, check_finite
 
 RUN = 16    # steps that a GPU is given at once
@@ -106,10 +107,10 @@ def compiler_options(device):
 class Buffers:
     """
     What a decoding of B rows holds while it runs, always at the same addresses: ids and `at`, see above, a cache, and a
-    copy of the memory, laid out for reading. inside: ids are chosen by the step.
+    copy of the memory, laid out for reading. made: the model's Steps; inside: ids are chosen by the step.
     """
 
-    def __init__(self, model, B, length, memory, inside, n_vocab):
+    def __init__(self, model, made, B, length, memory, inside, n_vocab):
         device = model.wte.weight.device
         self.ids = torch.zeros(B, length + 1, dtype=torch.long, device=device)
         self.at = torch.zeros(B, 1, dtype=torch.long, device=device)
@@ -121,7 +122,7 @@ class Buffers:
         advance(model, [[0]] * B, self.cache, self.memory)  # so that the cache has its buffers
         for x, axis in self.sized():
             torch._dynamo.maybe_mark_dynamic(x, axis)
-        args, made = (self.ids, self.at, self.cache, self.memory), steps(model)
+        args = self.ids, self.at, self.cache, self.memory
         step, more = (made.greedy, (self.finite, n_vocab)) if inside else (made.logits, ())
         self.step = lambda: step(*args, *more)
         with made.compiling():
@@ -137,12 +138,15 @@ class Buffers:
         yield from ((x, 2) for x in stored + read)
         yield from ((x, x.dim() - 1) for x in (self.cache.places, self.memory and self.memory.key_pos) if x is not None)
 
-    def prefill(self, model, rows, n, memory):
-        """Prompts enter, n neighbours as one: they do not differ yet. The logits (B, V) of what follows."""
+    def read(self, memory):
+        """The memory of other sources takes the place of what was read."""
         if memory is not None:
-            for kept, x in zip([x for pair in self.memory.kv for x in pair], [x for pair in memory.kv for x in pair]):
-                kept.copy_(x)
+            for kept, new in zip(self.memory.kv, memory.kv):
+                kept[0].copy_(new[0]), kept[1].copy_(new[1])
             self.memory.key_pos.copy_(memory.key_pos)
+
+    def prefill(self, model, rows, n):
+        """Prompts enter, n neighbours as one: they do not differ yet. The logits (B, V) of what follows."""
         self.finite.fill_(True)
         self.cache.rewind(0)
         self.cache.reorder(list(range(len(rows) // n)))
@@ -154,25 +158,6 @@ class Buffers:
         """These are the texts now: the newest id of each, and where it stands."""
         self.at.copy_(torch.tensor([[len(row) - 1] for row in rows]))
         self.ids.scatter_(1, self.at, torch.tensor([row[-1:] for row in rows]).to(self.ids.device))
-
-
-def captured(step):
-    """What a step launches on a GPU, as one graph."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):  # what is set up once, on this stream, is not part of it
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = step()
-
-    def replay():
-        graph.replay()
-        return out
-
-    return replay
 
 
 def bucket(n, most):
@@ -199,7 +184,7 @@ class Decoding:
 
     def __init__(self, model, sources, B, room, choose):
         self.model, self.B, self.choose, self.room, self.held = model, B, choose, room, None
-        steps(model)  # where there is no compiler, nothing is computed first
+        self.steps = steps(model)  # where there is no compiler, nothing is computed first
         self.memory, cuda = project(model, *encode(model, sources)), model.wte.weight.is_cuda
         # where asking the host is what takes time, the step itself finds the most likely id for who wants no more
         self.inside = (cuda and type(choose) is Chooser
@@ -212,8 +197,12 @@ class Decoding:
     def take(self, B):
         shape = self.memory and (len(self.memory.kv[0][0]), *self.memory.key_pos.shape)
         n_vocab = self.choose.choice.n_vocab if self.inside else None
-        idle = steps(self.model).idle.setdefault((B, self.room, shape, self.inside, n_vocab), [])
-        self.buffers = idle.pop() if idle else Buffers(self.model, B, self.room, self.memory, self.inside, n_vocab)
+        idle = self.steps.idle.setdefault((B, self.room, shape, self.inside, n_vocab), [])
+        if idle:
+            self.buffers = idle.pop()
+            self.buffers.read(self.memory)
+        else:
+            self.buffers = Buffers(self.model, self.steps, B, self.room, self.memory, self.inside, n_vocab)
         if self.buffers.ids.is_cuda:  # elsewhere nothing depends on where they are
             weakref.finalize(self, idle.append, self.buffers)
 
@@ -222,7 +211,7 @@ class Decoding:
         if self.held is None:
             self.held = list(rows)
             self.take(len(rows))
-            logits = self.buffers.prefill(self.model, rows, len(rows) // self.B, self.memory)
+            logits = self.buffers.prefill(self.model, rows, len(rows) // self.B)
             return self.choose(logits, rows, which)
         for r, row in zip(which, rows):
             self.held[r] = row

@@ -20,8 +20,7 @@ import torch
 from further.kernels import Step
 from generate import encode, project
 from plumbing.models import random_model
-
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+from plumbing.utils import DTYPES
 
 
 def seconds(call, times):
@@ -112,7 +111,7 @@ def main(args=None):
     parser = Parser(prog="further.kernel_bench", description=__doc__)
     add = parser.add_argument
     add("--random", metavar="PRESET", required=True, help="an untrained model of a published size, or of a .toml file")
-    add("--dtype", choices=DTYPES, default="bfloat16", help="default: bfloat16")
+    add("--dtype", choices=["float32", "float16", "bfloat16"], default="bfloat16", help="default: bfloat16")
     add("--rows", type=WHOLE, metavar="B", default=1, help="texts beside each other, 1 to 4; default: 1")
     add("--prompt-tokens", type=WHOLE, metavar="N", default=32, help="tokens of the prompt, or the source; default: 32")
     add("--max-new-tokens", type=WHOLE, metavar="M", default=224, help="steps that are timed; default: 224")

@@ -17,7 +17,7 @@ from plumbing.errors import WHOLE, UserError
 from plumbing.models import free_memory
 from plumbing.patterns import named
 from plumbing.report import aligned, picture
-from plumbing.utils import DTYPES, pick_device
+from plumbing.utils import DTYPES, captured, pick_device
 from sparse import Strided
 
 HEADS, DIM = 16, 64  # of every measurement
@@ -55,20 +55,6 @@ def seconds(function, device, repeats=5):
     return median(took[1:])
 
 
-def captured(function):
-    """The function as one CUDA graph: then it is the device that is timed, not the launching of its kernels."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):  # what is compiled or set up once is not captured
-            function()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        function()
-    return graph.replay
-
-
 def draw(rows, heads, T, dtype, device, requires_grad=False):
     return torch.randn(rows, heads, T, DIM, dtype=dtype, device=device, requires_grad=requires_grad)
 
@@ -96,7 +82,10 @@ def measure_step(name, n, rows, kv, dtype, device):
 
 
 def measure_pass(name, n, dtype, device, backward, flex=False):
-    """One row of n positions: a dict with the seconds of forward, or forward and backward. On CUDA it is captured."""
+    """
+    One row of n positions: a dict with the seconds of forward, or forward and backward. On CUDA it is captured: then it
+    is the device that is timed, not the launching of its kernels.
+    """
     pattern = named(name, HEADS, HEADS, n).to(device)
     q, k, v = (draw(1, HEADS, n, dtype, device, requires_grad=backward) for _ in "qkv")
     pos, grad = torch.arange(n, device=device), draw(1, HEADS, n, dtype, device)

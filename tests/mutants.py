@@ -1166,8 +1166,8 @@ def compiled_samples_share_one_row_of_the_cache():
     compiled = compiled_module()
 
     @around(compiled.Buffers, "prefill")
-    def prefill(original, self, model, rows, n, memory):
-        logits = original(self, model, rows, n, memory)
+    def prefill(original, self, model, rows, n):
+        logits = original(self, model, rows, n)
         self.cache.reorder([0] * len(rows))
         return logits
 

@@ -164,6 +164,23 @@ def test_a_memory_with_room_is_the_memory():
         assert (model.features(ids, room) - model.features(ids, memory)).abs().max() <= 1e-10
 
 
+def test_buffers_serve_another_request(no_code):
+    """As on a GPU, where they are recorded: nothing is left of the sources and texts before."""
+    model, first, second = made("bart"), prompts_of(6, 3), prompts_of(5, 6)
+    memories = [project(model, *encode(model, sources)) for sources in (first, second)]
+    with torch.inference_mode():
+        buffers = module.Buffers(model, module.steps(model), 2, 20, memories[0], False, None)
+        for memory in memories:
+            buffers.read(memory)
+            rows, cache = [[2], [2]], model.new_cache(2, 20)
+            expected, found = advance(model, rows, cache, memory)[:, 0], buffers.prefill(model, rows, 1)
+            for _ in range(5):
+                assert (found - expected).abs().max() <= 1e-10
+                rows = [row + new for row, new in zip(rows, expected.argmax(-1, keepdim=True).tolist())]
+                buffers.enter(rows)
+                expected, found = advance(model, rows, cache, memory)[:, 0], buffers.step()
+
+
 def test_buffers_come_in_a_few_sizes():
     assert [module.bucket(n, 1000) for n in (1, 64, 65, 128, 513, 999)] == [64, 64, 128, 128, 1000, 1000]
 
