@@ -233,7 +233,8 @@ def made(cls, quantization):
         return cls
     if quantization != "int8":
         raise UserError(f"quantization is {quantization!a:.60}, and only \"int8\" is known here")
-    return lambda config: import_module("further.quantize").quantize(cls(config))
+    quantize = import_module("further.quantize").quantize  # here: a model may be made where tensors are born empty
+    return lambda config: quantize(cls(config))
 
 
 def saved_class(fmt, raw):

@@ -12,7 +12,7 @@ from torch import nn
 
 import bench
 import generate as program
-from conftest import call
+from conftest import call, finish, shell
 from cost import count
 from further import quantize as command
 from further.gqa import convert
@@ -205,6 +205,8 @@ def test_from_a_trained_model_to_texts(kind, tiny_gpt, tiny_bart, tmp_path):
     from_file = call(program.main, "--model", out, *prompt, "--device", "cpu")
     on_the_way = call(program.main, "--model", tiny.path, *prompt, "--quantize", "int8", "--device", "cpu")
     assert from_file == on_the_way and from_file.code == 0 and from_file.out.strip()
+    alone = finish(shell("generate.py", "--model", out, *prompt, "--device", "cpu"))  # which has imported nothing yet
+    assert alone == from_file
     found = call(bench.main, "compare", "--model", out, *prompt, "--device", "cpu", "--json")
     assert found.code == 0 and all(s["identical"] for s in json.loads(found.out)["strategies"])
 
