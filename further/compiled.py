@@ -8,7 +8,8 @@ A plain step asks PyTorch for some two hundred operations, one after the other. 
 shapes are those of one token, and where that token stands can be a tensor, whose value only the device reads. So one
 graph is the step of all requests and lengths. On a CPU, torch.compile makes C++ of it: products that have been tried
 out on this machine, weights laid out for them once ("frozen"), and what lies between products fused. On a GPU what it
-launches is recorded once, ids are chosen inside, and the host fetches them RUN at a time.
+launches is recorded once, ids are chosen inside, and the host fetches them RUN at a time; for a few rows there, a step
+of four small kernels (kernels.py) takes the place of the compiled one.
 
 What it costs: the first request compiles, which takes seconds to a minute; rows that have ended are computed on, since
 no shape may change; a step reads the keys and values of all the room there is. The prompt enters plainly.
@@ -25,13 +26,14 @@ from torch.nn import functional as F
 
 from attention import NOWHERE
 from cache import Memory
+from further.kernels import Step
 from generate import advance, encode, project
 from plumbing.checks import check_room
 from plumbing.errors import UserError
 from plumbing.utils import captured
 from sampling import Chooser, check_finite
 
-RUN = 16    # steps that a GPU is given at once
+RUN = 32    # steps that a GPU is given at once
 LEAST = 64  # positions of the shortest buffer there, where every size is recorded anew
 FASTEST = {"freezing": True, "max_autotune": True, "max_autotune_gemm_backends": "CPP,ATEN"}  # on a CPU
 
@@ -39,16 +41,16 @@ FASTEST = {"freezing": True, "max_autotune": True, "max_autotune_gemm_backends":
 # The step. ids: (B, length + 1) by position; at: (B, 1), where the newest id of each row stands, which is not stored.
 
 
-def logits_of(model, ids, at, cache, memory):
-    """(B, V), of what follows the newest id of each row."""
+def logits_of(model, head, ids, at, cache, memory):
+    """(B, V), of what follows the newest id of each row. head: the model's, which may have more rows."""
     source = {} if memory is None else {"memory": memory}
     x = model.features(ids.gather(1, at), cache=cache, start_pos=at, **source)  # (B, 1, C)
-    return model.lm_head(x[:, 0])
+    return head(x[:, 0])[:, : model.config.vocab_size]
 
 
-def greedy(model, ids, at, cache, memory, finite, n_vocab):
+def greedy(model, head, ids, at, cache, memory, finite, n_vocab):
     """The most likely id is written behind the newest, which it then is. finite: (B,), whether all scores were."""
-    scores = logits_of(model, ids, at, cache, memory)[:, :n_vocab]
+    scores = logits_of(model, head, ids, at, cache, memory)[:, :n_vocab]
     finite &= scores.amax(-1).isfinite()
     ids.scatter_(1, at + 1, scores.argmax(-1, keepdim=True))
     at.add_(1).clamp_(max=ids.size(1) - 2)  # at the end the last id is found again and again
@@ -59,7 +61,8 @@ class Steps:
 
     def __init__(self, model, weights):
         self.options, self.idle = compiler_options(model.wte.weight.device.type), {}
-        fast = lambda step: torch.compile(partial(own(step), model), fullgraph=True)
+        head = aligned(model.lm_head)
+        fast = lambda step: torch.compile(partial(own(step), model, head), fullgraph=True)
         self.logits, self.greedy = fast(logits_of), fast(greedy)
 
     @contextmanager
@@ -72,6 +75,22 @@ class Steps:
         with torch._dynamo.config.patch(never), torch._inductor.config.patch(self.options):
             with redirect_stderr(StringIO()):  # where it tells all that it tries
                 yield
+
+
+def aligned(head):
+    """
+    The same, on a GPU, with rows of zeros up to a multiple of 64, or its library has no kernel of this century: GPT-2's
+    50,257 take 154 us there, 50,304 take 21.
+    """
+    if type(head) is not torch.nn.Linear or not head.weight.is_cuda or not head.out_features % 64:
+        return head
+    rows = -head.out_features % 64
+    with torch.inference_mode(False), torch.no_grad():
+        new = torch.nn.Linear(head.in_features, head.out_features + rows, head.bias is not None, device="meta")
+        new.weight = torch.nn.Parameter(F.pad(head.weight, (0, 0, 0, rows)))
+        if head.bias is not None:
+            new.bias = torch.nn.Parameter(F.pad(head.bias, (0, rows)))
+    return new
 
 
 def own(function):
@@ -123,12 +142,23 @@ class Buffers:
         for x, axis in self.sized():
             torch._dynamo.maybe_mark_dynamic(x, axis)
         args = self.ids, self.at, self.cache, self.memory
-        step, more = (made.greedy, (self.finite, n_vocab)) if inside else (made.logits, ())
-        self.step = lambda: step(*args, *more)
+        self.kernels = inside and Step.fits(model, self.ids, self.cache, self.memory) and Step(model, *args, n_vocab)
+        if self.kernels:  # a few rows on a GPU: further/kernels.py
+            self.once, self.finite = self.kernels, self.kernels.finite
+        else:
+            step, more = (made.greedy, (self.finite, n_vocab)) if inside else (made.logits, ())
+            self.once = lambda: step(*args, *more)
         with made.compiling():
-            self.step()  # on nobody's text
+            self.once()  # on nobody's text
         if device.type == "cuda":
-            self.step = captured(self.step)
+            self.once = captured(self.once)
+
+    def step(self, rows, times=1):
+        """So many steps behind these texts. What the last one returned."""
+        self.enter(rows)
+        for _ in range(times):
+            out = self.once()
+        return out
 
     def sized(self):
         """All tensors as long as a text or a source, and in which dimension: one graph serves every length."""
@@ -144,6 +174,8 @@ class Buffers:
             for kept, new in zip(self.memory.kv, memory.kv):
                 kept[0].copy_(new[0]), kept[1].copy_(new[1])
             self.memory.key_pos.copy_(memory.key_pos)
+            if self.kernels:
+                self.kernels.read(self.memory)
 
     def prefill(self, model, rows, n):
         """Prompts enter, n neighbours as one: they do not differ yet. The logits (B, V) of what follows."""
@@ -160,9 +192,17 @@ class Buffers:
         self.ids.scatter_(1, self.at, torch.tensor([row[-1:] for row in rows]).to(self.ids.device))
 
 
+    def found(self, rows, which, times):
+        """What stands behind these texts, so many ids each, or as many as there was room for."""
+        begin = torch.tensor([[len(row)] for row in rows], device=self.ids.device)
+        at = (begin + torch.arange(times, device=begin.device)).clamp_(max=self.ids.size(1) - 1)
+        return [ids[: self.ids.size(1) - len(row)] for row, ids in zip(rows, self.ids[which].gather(1, at).tolist())]
+
+
 def bucket(n, most):
-    """How large a buffer for n positions is on a GPU: a few sizes serve all requests."""
-    return min(most, max(LEAST, 1 << (n - 1).bit_length()))
+    """How large a buffer for n positions is on a GPU: four sizes up to each doubling serve all requests."""
+    step = max(LEAST, 1 << (n - 1).bit_length() >> 3)
+    return min(most, step * -(-n // step))
 
 
 def padded(memory, N):
@@ -183,14 +223,14 @@ class Decoding:
     """A step(rows, which) as generate.py's. The first takes Buffers, which are given back where they are recorded."""
 
     def __init__(self, model, sources, B, room, choose):
-        self.model, self.B, self.choose, self.room, self.held = model, B, choose, room, None
+        self.model, self.B, self.choose, self.most, self.held = model, B, choose, room, None
         self.steps = steps(model)  # where there is no compiler, nothing is computed first
         self.memory, cuda = project(model, *encode(model, sources)), model.wte.weight.is_cuda
         # where asking the host is what takes time, the step itself finds the most likely id for who wants no more
         self.inside = (cuda and type(choose) is Chooser
                        and not (choose.watch or choose.rules or choose.choice.temperature))
+        self.room = bucket(room, model.config.block_size) if cuda else room
         if cuda:
-            self.room = bucket(room, model.config.block_size)
             self.memory = self.memory and padded(self.memory, bucket(self.memory.key_pos.size(-1),
                                                                      model.config.block_size))
 
@@ -214,14 +254,13 @@ class Decoding:
             logits = self.buffers.prefill(self.model, rows, len(rows) // self.B)
             return self.choose(logits, rows, which)
         for r, row in zip(which, rows):
-            self.held[r] = row
-        self.buffers.enter(self.held)  # rows that have ended as well: they find what they have found
+            self.held[r] = row  # rows that have ended are held as well: they find what they have found
         if not self.inside:
-            return self.choose(self.buffers.step()[which], rows, which)
-        for _ in range(RUN):
-            self.buffers.step()
+            return self.choose(self.buffers.step(self.held)[which], rows, which)
+        times = min(RUN, self.most - min(map(len, rows)))
+        self.buffers.step(self.held, times)
         check_finite(self.buffers.finite[which])
-        return [ids[len(row) : len(row) + RUN] for row, ids in zip(rows, self.buffers.ids[which].tolist())]
+        return self.buffers.found(rows, which, times)
 
 
 def compiled(model, sources, B, room, choose):

@@ -8,6 +8,7 @@ A line for each: microseconds of a step, tokens per second of all rows, and the 
 would take. The bandwidth is measured in the same run: of a copy of 2 GB, which reads and writes.
 """
 
+from functools import partial
 from statistics import median
 
 from plumbing.errors import WHOLE, Parser, UserError, guard_imports, run
@@ -17,10 +18,12 @@ if __name__ == "__main__":
 
 import torch
 
+from further.compiled import Steps, greedy
 from further.kernels import Step
+from further.quantize import quantize
 from generate import encode, project
 from plumbing.models import random_model
-from plumbing.utils import DTYPES
+from plumbing.utils import DTYPES, captured
 
 
 def seconds(call, times):
@@ -40,15 +43,6 @@ def copied_per_second():
     return 2 * a.nbytes / seconds(lambda: b.copy_(a), 20)
 
 
-def captured(step):
-    """The replay of a step's CUDA graph."""
-    step()  # compiles
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
-
-
 class Text:
     """Rows behind their prefill, and where they go on: what a Step takes, and the plain step beside it."""
 
@@ -62,25 +56,20 @@ class Text:
         begun = torch.tensor(ids)[:, : self.start]
         self.ids = torch.zeros(rows, self.length, dtype=torch.long, device="cuda")
         self.ids[:, : self.start] = begun.to("cuda")
-        self.at = torch.zeros(1, dtype=torch.long, device="cuda")
+        self.at = torch.zeros(rows, 1, dtype=torch.long, device="cuda")
         self.cache = model.new_cache(rows, self.length)
-        self.features(self.ids[:, : self.start], 0)
+        source = {} if self.memory is None else {"memory": self.memory}
+        model.features(self.ids[:, : self.start], cache=self.cache, start_pos=0, **source)
         self.begin()
 
     def begin(self):
         """Back to the end of the prompt."""
         self.at.fill_(self.start - 1)
 
-    def features(self, ids, start_pos):
-        source = {} if self.memory is None else {"memory": self.memory}
-        return self.model.features(ids, cache=self.cache, start_pos=start_pos, **source)
-
-    def plain(self):
-        """The step as the model does it, nothing asked of the host either."""
-        newest = self.ids.gather(1, self.at.expand(len(self.ids), 1))
-        logits = self.model.lm_head(self.features(newest, self.at))
-        self.ids.index_copy_(1, self.at + 1, logits[:, 0].argmax(-1, keepdim=True))
-        self.at += 1
+    def plain(self, step):
+        """A step as the model does it, or what was compiled of it; nothing asked of the host either."""
+        finite = torch.ones(len(self.ids), dtype=torch.bool, device="cuda")
+        return partial(step, self.ids, self.at, self.cache, self.memory, finite, None)
 
     def step(self, **options):
         return Step(self.model, self.ids, self.at, self.cache, self.memory, **options)
@@ -98,9 +87,12 @@ class Text:
 def measure(model, rows, prompt_tokens, max_new_tokens):
     """Pairs (what, seconds of a step), the bytes that a step in the middle of the text reads, the kernels of one."""
     text = Text(model, rows, prompt_tokens, max_new_tokens)
-    fused, early = text.step(overlap=False), text.step()
-    ways = [("plain", text.plain), ("plain, captured", captured(text.plain)), ("fused", fused),
-            ("fused, captured", captured(fused)), ("fused, captured, overlapping", captured(early))]
+    plain, made = text.plain(partial(greedy, model, model.lm_head)), Steps(model, None)
+    fused, early, compiled = text.step(overlap=False), text.step(), text.plain(made.greedy)
+    with made.compiling():
+        compiled()
+    ways = [("plain", plain), ("plain, captured", captured(plain)), ("compiled, captured", captured(compiled)),
+            ("fused", fused), ("fused, captured", captured(fused)), ("fused, captured, overlapping", captured(early))]
     took = [(what, text.seconds(call)) for what, call in ways]
     middle = text.start + max_new_tokens // 2
     kept = sum(2 * k[:rows, :, :middle].nbytes for k in text.cache.k) + (text.memory.nbytes if text.memory else 0)
@@ -112,6 +104,7 @@ def main(args=None):
     add = parser.add_argument
     add("--random", metavar="PRESET", required=True, help="an untrained model of a published size, or of a .toml file")
     add("--dtype", choices=["float32", "float16", "bfloat16"], default="bfloat16", help="default: bfloat16")
+    add("--quantize", choices=["int8"], help="hold the weights of linears as whole numbers: further/quantize.py")
     add("--rows", type=WHOLE, metavar="B", default=1, help="texts beside each other, 1 to 4; default: 1")
     add("--prompt-tokens", type=WHOLE, metavar="N", default=32, help="tokens of the prompt, or the source; default: 32")
     add("--max-new-tokens", type=WHOLE, metavar="M", default=224, help="steps that are timed; default: 224")
@@ -121,10 +114,12 @@ def main(args=None):
     if not torch.cuda.is_available():
         raise UserError("kernels run on a CUDA device, and there is none: use bench.py decode")
     model = random_model(args.random, DTYPES[args.dtype], "cuda", args.overrides)
+    if args.quantize:
+        quantize(model)
     bandwidth = copied_per_second()
     took, nbytes, kernels = measure(model, args.rows, args.prompt_tokens, args.max_new_tokens)
     limit = nbytes / bandwidth
-    print(f"{args.random}, {args.dtype}, {args.rows} x {args.prompt_tokens} -> {args.max_new_tokens}; "
+    print(f"{args.random}, {args.quantize or args.dtype}, {args.rows} x {args.prompt_tokens} -> {args.max_new_tokens}; "
           f"{torch.cuda.get_device_name()}, copies {bandwidth / 1e12:.2f} TB/s; a step reads {nbytes / 1e6:,.1f} MB, "
           f"{1e6 * limit:.0f} us, in {kernels} kernels\n\n{'':30}us/step  tokens/s  of the bandwidth  us/kernel")
     for what, each in took:

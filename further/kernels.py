@@ -68,19 +68,19 @@ def embed(ids, at, wte, wpe, x, length, AT: tl.constexpr, TIMES: tl.constexpr, C
 
 
 @jit
-def product(x, weight, scale, bias, gain, shift, kept, residual, y, which, N, EPS: tl.constexpr, GELU: tl.constexpr,
-            B: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, WIDE: tl.constexpr, BN: tl.constexpr,
-            PDL: tl.constexpr):
+def product(x, weight, scale, bias, gain, shift, gained, kept, residual, y, which, N, EPS: tl.constexpr,
+            GELU: tl.constexpr, B: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, WIDE: tl.constexpr,
+            BN: tl.constexpr, PDL: tl.constexpr):
     """
     y = [residual +] [gelu] ([norm] x @ weight^T [* scale] [+ bias]), x (B, K), weight (N, K), y (B, N); where `which`
     is given instead the largest of each BN of them, and its index. A program keeps BN rows of the weight, whole, in its
-    registers, for all rows of x, so each weight is read once.
+    registers, for all rows of x, so that each weight is read once.
 
     K is cut into pieces of WIDE numbers (KP: K up to a power of two). Where a piece is what a warp reads at once, 16
     bytes a thread, Triton gives each warp rows of its own, which it sums up alone; where it is KP, warps share rows.
 
     With gain g and shift s, the product of a norm is (sum w g x - mean sum w g) / deviation + sum w s. So all sums over
-    x are taken at once, and those over the weight alone while x is on its way.
+    x are taken at once; those over the weights alone are known before: `gained`, and in the bias.
     """
     part = tl.program_id(0)
     n = part * BN + tl.arange(0, BN)[:, None, None]
@@ -90,30 +90,30 @@ def product(x, weight, scale, bias, gain, shift, kept, residual, y, which, N, EP
     W = tl.load(weight + n.to(tl.int64) * K + k, mask=(n < N) & (k < K), other=0.0, eviction_policy="evict_first")
     n = part * BN + tl.arange(0, BN)  # evict_first: no weight is read twice, so the cache is left to what is
     if gain is not None:
-        G, S = tl.load(gain + k, mask=k < K, other=0.0), tl.load(shift + k, mask=k < K, other=0.0)
+        G, S = tl.load(gain + k, mask=k < K, other=0.0), tl.load(gained + n, mask=n < N, other=0.0)
     if scale is not None:
         by = tl.load(scale + n, mask=n < N, other=0.0)
     if bias is not None:
         add = tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
     wait(PDL)  # what was asked for so far depends on nothing, and nothing has waited for it yet
-    W = W.to(tl.float32)
-    if gain is not None:
-        shifted = tl.sum(tl.sum(W * S.to(tl.float32), 1), 1)  # (BN,)
-        W *= G.to(tl.float32)
-        gained = tl.sum(tl.sum(W, 1), 1)
     for b in tl.static_range(B):
         X = tl.load(x + b * K + k, mask=k < K, other=0.0).to(tl.float32)
-        r = tl.sum(tl.sum(W * X, 1), 1)  # (BN,)
         if gain is not None:
             mean = tl.sum(tl.sum(X, 1), 1) / K  # (BN,), or (1,)
             inverse = tl.rsqrt(tl.sum(tl.sum(X * X, 1), 1) / K - mean * mean + EPS)
-            r = (r - mean * gained) * inverse + shifted
             if kept is not None:
                 if part == 0:
-                    X = (X - mean[:, None, None]) * inverse[:, None, None] * G.to(tl.float32) + S.to(tl.float32)
-                    tl.store(kept + b * K + k, X, mask=k < K)
+                    normed = (X - mean[:, None, None]) * inverse[:, None, None] * G.to(tl.float32)
+                    normed += tl.load(shift + k, mask=k < K, other=0.0).to(tl.float32)
+                    tl.store(kept + b * K + k, normed, mask=k < K)
+            X *= G.to(tl.float32)
+        if scale is not None:
+            W = W.to(tl.bfloat16)  # which holds 8 bits; straight to fp32 is an instruction that few units have
+        r = tl.sum(tl.sum(W.to(tl.float32) * X, 1), 1)  # (BN,)
         if scale is not None:
             r *= by
+        if gain is not None:
+            r = (r - mean * S) * inverse
         if bias is not None:
             r += add
         if GELU == "tanh":  # 1 + tanh(z) = 2 sigmoid(2 z)
@@ -221,8 +221,9 @@ class Step:
         self.finite = torch.ones(self.B, dtype=torch.bool, device=ids.device)
         qkv, heads, inner = (new(self.B, n, dtype=dtype) for n in (len(layers[0].attn.c_attn.weight), C, config.inner))
         norms, add, AT = iter(reads(model, memory)), kept if bart else stream, int(at.numel() > 1)
-        if memory is not None:  # padding is on the right
-            lengths = (memory.key_pos < NOWHERE).sum(-1).expand(self.B).contiguous()
+        if memory is not None:
+            self.lengths = new(self.B, dtype=torch.long)
+            self.read(memory)
         self.launch(embed, self.B, ids, at, model.wte.weight, (model.decoder_wpe if bart else model.wpe).weight, stream,
                     length, AT=AT, C=C, CP=up(C), TIMES=math.sqrt(C) if bart and config.scale_embedding else 1.0)
         for i, layer in enumerate(layers):
@@ -231,7 +232,7 @@ class Step:
             self.product(heads, layer.attn.c_proj, stream, residual=add)
             if memory is not None:
                 self.product(stream, layer.cross.c_q, qkv, next(norms), kept)
-                self.attend(layer.cross, qkv, *memory.kv[i], lengths, heads, CT=1, OWN=False)
+                self.attend(layer.cross, qkv, *memory.kv[i], self.lengths, heads, CT=1, OWN=False)
                 self.product(heads, layer.cross.c_proj, stream, residual=add)
             self.product(stream, layer.mlp.c_fc, inner, next(norms), kept, GELU=layer.mlp.act.approximate)
             self.product(inner, layer.mlp.c_proj, stream, residual=add)
@@ -253,18 +254,27 @@ class Step:
             and layers[0].attn.head_dim == up(layers[0].attn.head_dim)
             and (memory is None or len(memory.kv[0][0]) == len(ids)))
 
+    def read(self, memory):
+        """How long the sources are, which may be others by now, in the same place. Padding is on the right."""
+        self.lengths.copy_((memory.key_pos < NOWHERE).sum(-1))
+
     def launch(self, kernel, grid, *args, num_warps=4, **sizes):
         early = dict(launch_pdl=True) if self.pdl else {}
         grid = grid if isinstance(grid, tuple) else (grid,)
         self.launches.append(partial(kernel[grid], *args, PDL=self.pdl, num_warps=num_warps, **sizes, **early))
 
     def product(self, x, linear, y, norm=None, kept=None, residual=None, which=None, N=None, GELU=None):
-        (rows, K), (BN, WIDE) = linear.weight.shape, block(linear.weight)
-        self.nbytes += linear.weight[:N].nbytes
-        gain, shift, eps = (None, None, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
-        self.launch(product, triton.cdiv(N or rows, BN), x, linear.weight, getattr(linear, "scale", None), linear.bias,
-                    gain, shift, kept, residual, y, which, N or rows, EPS=eps, GELU=GELU, B=self.B, K=K, KP=up(K),
-                    WIDE=WIDE, BN=BN)
+        weight, scale, bias = linear.weight, getattr(linear, "scale", None), linear.bias
+        (rows, K), (BN, WIDE) = weight.shape, block(weight)
+        self.nbytes += weight[:N].nbytes
+        gain = shift = gained = None
+        if norm is not None:  # sums over weights alone, which the kernel needs not take every time
+            gain, shift = norm.weight, norm.bias
+            gained, shifted = torch.stack([gain, shift]).float() @ weight.float().T * (1 if scale is None else scale)
+            bias = shifted if bias is None else shifted + bias
+        self.launch(product, triton.cdiv(N or rows, BN), x, weight, scale, bias, gain, shift, gained, kept, residual, y,
+                    which, N or rows, EPS=norm.eps if norm else 0.0, GELU=GELU, B=self.B, K=K, KP=up(K), WIDE=WIDE,
+                    BN=BN)
 
     def attend(self, part, q, keys, values, count, y, **flags):
         of_row, of_head, of_key, _ = keys.stride()
@@ -293,8 +303,8 @@ def block(weight):
     Of a weight (N, K): how many rows a program of 4 warps takes, and how wide the pieces of a row are. Some 64 numbers
     for each thread are enough under way to hide how long the first takes, and fit the registers.
     """
-    KP, piece = up(weight.size(1)), 512 // weight.element_size()
-    return (1, KP) if KP > 4096 else (8 if KP <= 1024 else 4, min(piece, KP))
+    KP, size = up(weight.size(1)), weight.element_size()
+    return (8, min(512 // size, KP)) if KP <= 1024 else (8 if KP <= 2048 else max(1, 16384 // (KP * size)), KP)
 
 
 def reads(model, memory):

@@ -76,7 +76,8 @@ class Int8Linear(nn.Module):
         elif kernels and torch.backends.quantized.engine == "x86":
             y = self.whole(rows.float()).to(x.dtype).unflatten(0, x.shape[:-1])
         else:
-            y = F.linear(x, self.weight.to(x.dtype)) * self.scale.to(x.dtype)
+            exact = torch.promote_types(x.dtype, torch.float32)
+            y = (F.linear(x, self.weight.to(x.dtype)).to(exact) * self.scale).to(x.dtype)
         return y if self.bias is None else y + self.bias
 
     def whole(self, x):

@@ -144,12 +144,12 @@ def test_the_step_that_chooses_finds_what_the_loop_finds_and_waits_at_the_end():
         ids.scatter_(1, at, first[:, None])
         finite = torch.tensor([True, True])
         for _ in range(40):
-            greedy(model, ids, at, cache, memory, finite, 50)
+            greedy(model, model.lm_head, ids, at, cache, memory, finite, 50)
         for row, text, own in zip(rows, expected, ids.tolist()):
             assert own[len(row) : len(text)] == text[len(row) :]
         assert at.tolist() == [[19], [19]] and finite.all()
         model.lm_head.weight[3, 0] = torch.nan  # of a row of the head: every score of that id is none
-        greedy(model, ids, at, cache, memory, finite, 50)
+        greedy(model, model.lm_head, ids, at, cache, memory, finite, 50)
         assert not finite.any()
 
 
@@ -177,12 +177,11 @@ def test_buffers_serve_another_request(no_code):
             for _ in range(5):
                 assert (found - expected).abs().max() <= 1e-10
                 rows = [row + new for row, new in zip(rows, expected.argmax(-1, keepdim=True).tolist())]
-                buffers.enter(rows)
-                expected, found = advance(model, rows, cache, memory)[:, 0], buffers.step()
+                expected, found = advance(model, rows, cache, memory)[:, 0], buffers.step(rows)
 
 
 def test_buffers_come_in_a_few_sizes():
-    assert [module.bucket(n, 1000) for n in (1, 64, 65, 128, 513, 999)] == [64, 64, 128, 128, 1000, 1000]
+    assert [module.bucket(n, 2000) for n in (1, 64, 65, 288, 513, 1100, 1999)] == [64, 64, 128, 320, 640, 1280, 2000]
 
 
 def test_without_a_compiler_it_is_refused_in_a_line(tiny_gpt, monkeypatch):
