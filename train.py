@@ -4,14 +4,16 @@ Train a GPT on a text, or a BART on pairs of texts. One straight loop.
     python train.py configs/gpt-tiny.toml
     python train.py configs/gpt-tiny.toml --data.source=my-notes.txt --train.out_dir=out/notes --train.steps=3000
     python train.py configs/gpt-tiny.toml --train.resume=true
+    python train.py configs/gpt2-124m.toml --dry-run
     python train.py configs/gpt-tiny.toml --train.init_from=out/gpt-tiny --train.out_dir=out/further --train.lr=3e-3
 
 A configuration has three tables, [model], [data] and [train]; --section.key=value changes any of its values, and
 --help lists them all. A run lives in its out_dir: step-*/ checkpoints, each a Hugging Face directory (the last two and
 the best are kept), log.jsonl, and loss.png where matplotlib is installed. Ctrl-C saves and stops. --train.resume=true
 continues from the newest checkpoint, bit for bit on a CPU as if the run had never stopped; a run that is there is
-never overwritten. --train.init_from=DIR begins a run with the weights and the tokenizer of a model instead of random
-ones: its matrices must have the shapes that [model] says.
+never overwritten. --dry-run tries a few steps, says what all would take, and keeps nothing. --train.init_from=DIR
+begins a run with the weights and the tokenizer of a model instead of random ones: its matrices must have the shapes
+that [model] says.
 """
 
 import math
@@ -243,6 +245,10 @@ def read(args):
 
 def main(args=None):
     args = sys.argv[1:] if args is None else args
+    if "--dry-run" in args:
+        from plumbing import train_bench  # which imports this file
+        print(train_bench.dry_run([arg for arg in args if arg != "--dry-run"]))
+        return
     if "-h" in args or "--help" in args:
         settings = configs.describe(model=GPT.get_default_config(), data=DataConfig(), train=TrainConfig())
         print(f"{__doc__}\n{settings}\n\n[model] also takes type (gpt or bart) and preset "

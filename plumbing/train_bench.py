@@ -3,17 +3,19 @@ bench.py train: what a training step takes, beside what the machine can multiply
 
     python bench.py train configs/gpt-tiny.toml --train.batch_size=32
 
-The configuration is read as train.py reads it, the loop is its own, and nothing is kept. A token is a label that
-counts. FLOPs are those of the products, masked ones included: a forward pass, counted, and twice as many for the
-gradients by inputs and by weights. MFU (Chowdhery et al. 2022, appendix B) is what is left of the best that a matrix
-product reaches.
+train.py --dry-run does the same with fewer steps. The configuration is read as train.py reads it, the loop is its own,
+and nothing is kept. A token is a label that counts. FLOPs are those of the products, masked ones included: a forward
+pass, counted, and twice as many for the gradients by inputs and by weights. MFU (Chowdhery et al. 2022, appendix B) is
+what is left of the best that a matrix product reaches.
 """
 
 import sys
 import tempfile
 import time
+from argparse import Namespace
 from contextlib import redirect_stdout
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from statistics import median
 
@@ -51,6 +53,7 @@ def measure(args):
     if args.repeats < 1:
         raise UserError(f"--repeats {args.repeats} must be at least 1")
     model_values, data_config, config = train.read([args.random, *args.overrides])
+    steps = config.steps
     config = replace(train.settled(config), steps=FIRST + args.repeats, resume=False, log_every=1, eval_batches=1,
                      eval_every=FIRST + args.repeats)
     times, speeds = [], []
@@ -69,7 +72,7 @@ def measure(args):
         start = time.perf_counter()
         train.loop(this_run, data, model, optimizers, config)
     seconds = [after - before for before, after in zip([start, *times], times)]
-    return dict(config=args.random, machine=machine(config.device), device=config.device, dtype=config.dtype, **shape,
+    return dict(config=args.random, steps=steps, machine=machine(config.device), device=config.device, dtype=config.dtype, **shape,
                 accumulation=config.accumulation, compiled=config.compile, parameters=model.count_parameters(),
                 seconds=seconds, tokens_per_second=speeds, set_up_seconds=seconds[0] - median(seconds[FIRST:]),
                 flops_per_token=flops, peak_bytes=resident("VmHWM"),
@@ -81,6 +84,7 @@ def table(r):
     """The measurements as text."""
     speeds, seconds = r["tokens_per_second"][FIRST:], r["seconds"]
     reached, peak = r["flops_per_token"] * median(speeds), r["gpu_peak_bytes"] or r["peak_bytes"]
+    whole = timedelta(seconds=round(r["steps"] * median(seconds[FIRST:])))
     return "\n  ".join([
         f"train {r['config']}: {r['parameters']:,} parameters, {r['accumulation']} x {r['batch_size']} x "
         f"{r['block_size']} a step, {r['dtype']}, {'compiled' if r['compiled'] else 'eager'}; medians of {len(speeds)} "
@@ -90,4 +94,11 @@ def table(r):
         f"set-up",
         f"a token      {r['flops_per_token'] / 1e6:,.1f} MFLOP: {reached / 1e9:,.1f} GFLOP/s, MFU "
         f"{reached / r['peak_flops']:.1%} of the {r['peak_flops'] / 1e9:,.1f} of a product",
-        f"most memory  {peak / 1e6:,.0f} MB"])
+        f"most memory  {peak / 1e6:,.0f} MB",
+        f"all {r['steps']:,} steps would take {whole}, evaluations besides"])
+
+
+def dry_run(args):
+    """What train.py's arguments would take, as text, after a few steps of it."""
+    train.read(args)  # said first, if they are not
+    return table(measure(Namespace(random=args[0], overrides=args[1:], repeats=5)))

@@ -153,6 +153,24 @@ def test_the_step_that_chooses_finds_what_the_loop_finds_and_waits_at_the_end():
         assert not finite.any()
 
 
+@pytest.mark.parametrize("kind", ["gpt", "bart"])
+def test_ids_that_the_steps_have_chosen_are_fetched_some_at_a_time(kind, no_code, monkeypatch):
+    """As on a GPU. Rows of different lengths, of which one ends in the middle of a run."""
+    monkeypatch.setattr(module, "RUN", 5)
+    model, prompts, asked = made(kind), prompts_of(6, 3), []
+    sources, rows = (prompts, [[2], [2]]) if kind == "bart" else (None, prompts)
+    expected, limits = generate(model, prompts, 18), [len(rows[0]) + 18, len(rows[1]) + 7]
+    step = compiled(model, sources, 2, max(limits), Chooser(Choice(), limits=limits))
+    step.inside, texts = True, [[], []]
+    monkeypatch.setattr(module.Buffers, "step", lambda self, rows, times=1, run=module.Buffers.step:
+                        asked.append(times) or run(self, rows, times))
+    for found in program.loop(step, [list(row) for row in rows], limits, lambda r, row: False):
+        for text, ids in zip(texts, found):
+            text += ids
+    assert texts == [expected[0], expected[1][:7]]
+    assert asked == [5, 5, 5, 2]  # the first comes with the prefill, and no more at the end than were asked for
+
+
 @torch.inference_mode()
 def test_a_memory_with_room_is_the_memory():
     model = made("bart")

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import bench
+import train
 from conftest import GPT_TOML, TEXT, call
 from cost import predict
 from model import GPT
@@ -207,6 +208,19 @@ def test_bars_are_drawn(here, tmp_path):
     pytest.importorskip("matplotlib")
     outcome = call(bench.main, "prefill", *GPT_ARGS, *REQUEST, "--repeats", 2, "--plot", tmp_path / "a.png", "--also", "--dtype bfloat16")
     assert outcome.code == 0 and (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG"), outcome
+
+
+def test_a_dry_run_says_what_a_training_would_take_and_keeps_nothing(tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT)
+    (tmp_path / "gpt.toml").write_text(GPT_TOML.replace("{source}", str(tmp_path / "text.txt")))
+    args = tmp_path / "gpt.toml", "--data.tokenizer=char", f"--train.out_dir={tmp_path / 'out'}", "--train.steps=1000000"
+    done = call(train.main, *args, "--dry-run")
+    assert done.code == 0 and sorted(path.name for path in tmp_path.iterdir()) == ["gpt.toml", "text.txt"]
+    *_, flops, memory, time = done.out.splitlines()
+    assert "MFLOP" in flops and "MB" in memory and time.strip().startswith("all 1,000,000 steps would take ")
+    for wrong in [(), ("--train.lr=-1",)]:
+        refused = call(train.main, *(args[:1] if wrong else ()), *wrong, "--dry-run")
+        assert refused.code == 2 and refused.err.count("\n") == 1 and not refused.out
 
 
 def test_training_is_measured_and_nothing_is_kept(tmp_path):
