@@ -1,0 +1,127 @@
+"""Several ranks are one training: the losses, the checkpoints and the end of the run are those of one process."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import BART_TOML, GPT_TOML, ROOT, TEXT, Outcome, call, train_run
+from test_train import log
+
+import train
+from plumbing.checkpoints import load_checkpoint
+from plumbing.weights import load_pretrained
+
+TOML = {"gpt": GPT_TOML, "bart": BART_TOML}
+# a constant learning rate, which does not know how many steps there will be, and gradients that are clipped
+STEADY = ["--train.log_every=1", "--train.eval_every=3", "--train.accumulation=2", "--train.optimizer=adamw",
+          "--train.lr=1e-3", "--train.min_lr=1e-3", "--train.warmup_steps=0", "--train.grad_clip=0.1"]
+PATCHED = """
+import os, signal, sys
+import torch
+import train
+
+update, rank, calls = train.update, int(os.environ["RANK"]), []
+
+def patched(model, optimizers, batches, *args):
+    calls.append(1)
+    {what}
+    return update(model, optimizers, batches, *args)
+
+if __name__ == "__main__":
+    train.update = patched
+    train.run(train.main)
+"""
+
+
+def torchrun(program, *args, ranks=2):
+    """The Outcome of a run of so many ranks, on a port that is free."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", program, *args]
+    process = subprocess.Popen([str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               env=os.environ | {"PYTHONPATH": str(ROOT)})
+    try:
+        out, err = process.communicate(timeout=60)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # which ends its ranks as well
+        raise
+    return Outcome(process.returncode, out.decode(), err.decode())
+
+
+def written(folder, kind, what=None):
+    """A folder with config.toml, text.txt and the program: train.py, or one whose update() does `what` before."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "text.txt").write_text(TEXT)
+    (folder / "config.toml").write_text(TOML[kind].replace("{source}", str(folder.parent / "text.txt")))
+    (folder.parent / "text.txt").write_text(TEXT)
+    if what is None:
+        return [ROOT / "train.py", folder / "config.toml", f"--train.out_dir={folder / 'out'}"]
+    (folder / "patched.py").write_text(PATCHED.replace("{what}", what))
+    return [folder / "patched.py", folder / "config.toml", f"--train.out_dir={folder / 'out'}"]
+
+
+def alone(folder, kind, *settings):
+    outcome = call(train.main, *written(folder, kind)[1:], *settings)
+    assert outcome.code == 0, outcome
+
+
+def together(folder, kind, *settings, what=None, **kwargs):
+    return torchrun(*written(folder, kind, what), *settings, **kwargs)
+
+
+def said(outcome, what):
+    return [line for line in outcome.err.splitlines() if line.startswith(what)]
+
+
+def assert_same_run(out, expected):
+    ours, theirs = log(out), log(expected)
+    assert [line.keys() for line in ours] == [line.keys() for line in theirs] and len(ours) == 8
+    for one, other in zip(ours, theirs):
+        for key in one.keys() - {"tokens_per_second"}:
+            assert one[key] == pytest.approx(other[key], rel=1e-6, abs=1e-6), (one["step"], key)
+    one, other = (load_pretrained(path)[0].state_dict() for path in (out, expected))
+    assert one.keys() == other.keys()
+    for name, x in one.items():
+        assert (x - other[name]).abs().max() <= 1e-4, name  # a tenth of the steps' lr
+
+
+@pytest.mark.parametrize("kind", ["gpt", "bart"])
+def test_two_ranks_do_the_run_of_one_process_and_each_resumes_what_the_other_saved(kind, tmp_path):
+    """Steps 1 to 3 on one and 4 to 6 on the other; pairs are ragged, and their last held-out batch is of one row."""
+    settings = [*STEADY, "--data.n_val=65", "--train.eval_batches=3"]
+    alone(tmp_path / "whole", kind, *settings, "--train.steps=6")
+    alone(tmp_path / "apart", kind, *settings, "--train.steps=3")
+    for folder in ("joined", "apart"):
+        outcome = together(tmp_path / folder, kind, *settings, f"--train.steps={3 if folder == 'joined' else 6}",
+                           "--train.resume=true")
+        assert outcome.code == 0 and outcome.out.count("parameters") == 1, outcome
+        assert outcome.out.count("saved") == outcome.out.count("\n") - 1 == 1
+    alone(tmp_path / "joined", kind, *settings, "--train.steps=6", "--train.resume=true")
+    for folder in ("joined", "apart"):
+        assert_same_run(tmp_path / folder / "out", tmp_path / "whole" / "out")
+
+
+WITNESS = """
+    torch.save({"weights": {name.removeprefix("module."): p.detach().clone() for name, p in model.named_parameters()},
+                "labels": [labels for _, labels in batches], "random": torch.get_rng_state()},
+               os.path.join(os.path.dirname(__file__), f"{rank}-{len(calls)}.pt"))
+"""
+
+
+def test_each_rank_has_its_rows_its_dropout_and_the_weights_of_all(tmp_path):
+    """With Muon, and half of its layers' matrices frozen: what has no gradient is waited for by nobody."""
+    what = WITNESS + "    len(calls) > 1 or [p.requires_grad_(False) for n, p in model.named_parameters() if '.mlp.' in n]"
+    outcome = together(tmp_path / "run", "bart", "--train.steps=2", "--train.accumulation=2", what=WITNESS)
+    assert outcome.code == 0, outcome
+    data, _ = train.load_data(train.DataConfig(source="reverse", tokenizer="char", min_length=1, max_length=5, n_train=3000,
+                                               n_val=100), seq2seq=True)
+    for step in (1, 2):
+        ours, theirs = (torch.load(tmp_path / "run" / f"{rank}-{step}.pt") for rank in (0, 1))
+        assert all(torch.equal(x, theirs["weights"][name]) for name, x in ours["weights"].items())
+        assert not torch.equal(ours["random"], theirs["random"])
+        for i, rows in enumerate(zip(ours["labels"], theirs["labels"], strict=True)):
+            whole = data.batch_at(2 * (step - 1) + i, batch_size=32, block_size=12)[1]
+            assert [len(labels) for labels in rows] == [16, 16] and torch.equal(torch.cat(rows), whole)
