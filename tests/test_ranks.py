@@ -54,7 +54,6 @@ def torchrun(program, *args, ranks=2):
 def written(folder, kind, what=None):
     """A folder with config.toml, text.txt and the program: train.py, or one whose update() does `what` before."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "text.txt").write_text(TEXT)
     (folder / "config.toml").write_text(TOML[kind].replace("{source}", str(folder.parent / "text.txt")))
     (folder.parent / "text.txt").write_text(TEXT)
     if what is None:
@@ -66,6 +65,7 @@ def written(folder, kind, what=None):
 def alone(folder, kind, *settings):
     outcome = call(train.main, *written(folder, kind)[1:], *settings)
     assert outcome.code == 0, outcome
+    return outcome
 
 
 def together(folder, kind, *settings, what=None, **kwargs):
@@ -88,20 +88,17 @@ def assert_same_run(out, expected):
         assert (x - other[name]).abs().max() <= 1e-4, name  # a tenth of the steps' lr
 
 
-@pytest.mark.parametrize("kind", ["gpt", "bart"])
-def test_two_ranks_do_the_run_of_one_process_and_each_resumes_what_the_other_saved(kind, tmp_path):
+@pytest.mark.parametrize("kind, first", [("gpt", "alone"), ("gpt", "together"), ("bart", "together")])
+def test_two_ranks_do_the_run_of_one_process_and_each_resumes_what_the_other_saved(kind, first, tmp_path):
     """Steps 1 to 3 on one and 4 to 6 on the other; pairs are ragged, and their last held-out batch is of one row."""
     settings = [*STEADY, "--data.n_val=65", "--train.eval_batches=3"]
     alone(tmp_path / "whole", kind, *settings, "--train.steps=6")
-    alone(tmp_path / "apart", kind, *settings, "--train.steps=3")
-    for folder in ("joined", "apart"):
-        outcome = together(tmp_path / folder, kind, *settings, f"--train.steps={3 if folder == 'joined' else 6}",
-                           "--train.resume=true")
-        assert outcome.code == 0 and outcome.out.count("parameters") == 1, outcome
-        assert outcome.out.count("saved") == outcome.out.count("\n") - 1 == 1
-    alone(tmp_path / "joined", kind, *settings, "--train.steps=6", "--train.resume=true")
-    for folder in ("joined", "apart"):
-        assert_same_run(tmp_path / folder / "out", tmp_path / "whole" / "out")
+    for steps, ranks in ((3, first), (6, "alone" if first == "together" else "together")):
+        step = [*settings, f"--train.steps={steps}", "--train.resume=true"]
+        outcome = {"alone": alone, "together": together}[ranks](tmp_path / "parts", kind, *step)
+        assert outcome.code == 0 and outcome.out.count("parameters") == outcome.out.count("saved") == 1, outcome
+        assert outcome.out.count("\n") == 2 and (tmp_path / "parts" / "out" / "loss.png").exists()
+    assert_same_run(tmp_path / "parts" / "out", tmp_path / "whole" / "out")
 
 
 WITNESS = """
@@ -112,8 +109,7 @@ WITNESS = """
 
 
 def test_each_rank_has_its_rows_its_dropout_and_the_weights_of_all(tmp_path):
-    """With Muon, and half of its layers' matrices frozen: what has no gradient is waited for by nobody."""
-    what = WITNESS + "    len(calls) > 1 or [p.requires_grad_(False) for n, p in model.named_parameters() if '.mlp.' in n]"
+    """With Muon, and the frozen bias of BART's head, for whose gradient nobody may wait."""
     outcome = together(tmp_path / "run", "bart", "--train.steps=2", "--train.accumulation=2", what=WITNESS)
     assert outcome.code == 0, outcome
     data, _ = train.load_data(train.DataConfig(source="reverse", tokenizer="char", min_length=1, max_length=5, n_train=3000,
@@ -125,3 +121,39 @@ def test_each_rank_has_its_rows_its_dropout_and_the_weights_of_all(tmp_path):
         for i, rows in enumerate(zip(ours["labels"], theirs["labels"], strict=True)):
             whole = data.batch_at(2 * (step - 1) + i, batch_size=32, block_size=12)[1]
             assert [len(labels) for labels in rows] == [16, 16] and torch.equal(torch.cat(rows), whole)
+
+
+def test_a_batch_that_ranks_cannot_share_is_refused_in_one_line_and_nothing_is_written(tmp_path):
+    outcome = together(tmp_path, "gpt", "--train.batch_size=7")
+    assert outcome.code != 0 and outcome.out == "" and not (tmp_path / "out").exists()
+    assert said(outcome, "error") == ["error: train.batch_size=7 must be a multiple of torchrun's 2 ranks, which share it: "
+                                      "change one of the two"]
+    assert re.search(r"rank +: 0 .*\n +exitcode +: 2 ", outcome.err), outcome.err  # torchrun's report; its own is 1
+
+
+def test_a_control_c_on_one_rank_stops_all_after_the_same_step_and_saves(tmp_path):
+    """A terminal sends it to all, and torchrun once more: a second one is no reason for haste."""
+    what = "if rank == 1 and len(calls) == 2: signal.raise_signal(signal.SIGINT), signal.raise_signal(signal.SIGINT)"
+    outcome = together(tmp_path, "gpt", "--train.log_every=1", what=what)
+    assert said(outcome, "interrupted") == ["interrupted"] and "step 2: saved" in outcome.out, outcome
+    assert load_checkpoint(tmp_path / "out").step == 2 and [line["step"] for line in log(tmp_path / "out")] == [1, 2]
+    assert len(re.findall(r"exitcode +: (?:130|-15) ", outcome.err)) == 2 and "rank 1" not in outcome.err
+
+
+def test_a_weight_that_is_no_number_on_one_rank_ends_all_and_leaves_the_checkpoint(tmp_path):
+    what = "if rank == 1 and len(calls) == 4: torch.nn.init.constant_(next(model.parameters()), float('nan'))"
+    outcome = together(tmp_path, "gpt", "--train.eval_every=3", what=what)
+    [line] = said(outcome, "stopped")
+    assert "the loss is nan" in line and f"at step 4; the last good checkpoint is {tmp_path / 'out' / 'step-00000003'}" in line
+    assert re.search(r"rank +: 0 .*\n +exitcode +: 3 ", outcome.err), outcome.err
+    assert load_checkpoint(tmp_path / "out").step == 3 and outcome.out.count("saved") == 1
+
+
+def test_a_rank_that_is_killed_ends_the_run_and_its_checkpoint_resumes(tmp_path):
+    outcome = together(tmp_path, "gpt", "--train.eval_every=3",
+                       what="if rank == 1 and len(calls) == 5: os.kill(os.getpid(), signal.SIGKILL)")
+    [line] = said(outcome, "error")
+    assert "another rank has gone" in line and "--train.resume=true" in line and "SIGKILL" in outcome.err
+    assert load_checkpoint(tmp_path / "out").step == 3
+    alone(tmp_path, "gpt", "--train.steps=6", "--train.resume=true")
+    assert load_checkpoint(tmp_path / "out").step == 6
