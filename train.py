@@ -73,8 +73,8 @@ class TrainConfig:
         if self.batch_size > 2**16:
             raise UserError(f"train.batch_size={self.batch_size} must be at most {2**16}: use train.accumulation")
         if self.batch_size % ranks.world():
-            raise UserError(f"train.batch_size={self.batch_size} must be a multiple of torchrun's {ranks.world()} ranks, "
-                            f"which share it: change one of the two")
+            raise UserError(f"train.batch_size={self.batch_size} must be a multiple of torchrun's {ranks.world()} "
+                            f"ranks, which share it: change one of the two")
         for name, allowed in {"optimizer": ("adamw", "muon"), "dtype": ("auto", "float32", "bfloat16")}.items():
             if getattr(self, name) not in allowed:
                 raise UserError(f"train.{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}")

@@ -1,6 +1,7 @@
 """
-One training in several processes, as torchrun starts them: the ranks. Each computes its rows of every batch, and together
-they take the step that one process would take. Without torchrun there is one rank, and nothing here does anything.
+One training in several processes, as torchrun starts them: the ranks. Each computes its rows of every batch, and
+together they take the step that one process would take. Without torchrun there is one rank, and nothing here does
+anything.
 
 Sums of numbers go from CPU to CPU (gloo); gradients, and what else is on a GPU, from GPU to GPU (NCCL).
 """
@@ -40,7 +41,7 @@ def joined():
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield
         return
-    dist.init_process_group()
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
         with open(os.devnull, "w") as nowhere:
             with redirect_stdout(nowhere if rank() else sys.stdout), redirect_stderr(nowhere if rank() else sys.stderr):
@@ -52,10 +53,10 @@ def joined():
     except Exception as error:
         if rank():
             time.sleep(PATIENCE)
-        if isinstance(error, dist.DistError) or "gloo" in str(error):  # which has no error of its own
+        if isinstance(error, dist.DistError) or type(error) is RuntimeError and "gloo" in str(error):  # gloo has no own
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, which may come before the line is out
-            raise ConnectionError("another rank has gone, see torchrun's report: --train.resume=true continues from the "
-                                  "last checkpoint") from None
+            raise ConnectionError("another rank has gone, see torchrun's report: --train.resume=true continues from "
+                                  "the last checkpoint") from None
         raise
     dist.destroy_process_group()  # not after an error: others would find us gone before we have said why
 
@@ -66,13 +67,13 @@ def first(method):
 
 
 def device(name):
-    """What pick_device() makes of the name; on CUDA, a GPU of this rank's own. Raises UserError on one for all ranks."""
+    """What pick_device() makes of the name; on CUDA, a GPU of the rank's own. Raises UserError on one for all ranks."""
     name = pick_device(name)
     if world() == 1 or name == "cpu":
         return name
     if name != "cuda":
-        raise UserError(f"train.device={name} is one device for {world()} ranks: pass cuda, which gives each its own, or "
-                        f"cpu")
+        raise UserError(f"train.device={name} is one device for {world()} ranks: pass cuda, which gives each its own, "
+                        f"or cpu")
     name = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
     torch.cuda.set_device(name)
     return name

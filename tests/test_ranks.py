@@ -1,9 +1,7 @@
 """Several ranks are one training: the losses, the checkpoints and the end of the run are those of one process."""
 
-import json
 import os
 import re
-import signal
 import subprocess
 import sys
 
@@ -13,7 +11,10 @@ from conftest import BART_TOML, GPT_TOML, ROOT, TEXT, Outcome, call, train_run
 from test_train import log
 
 import train
+from plumbing import ranks
 from plumbing.checkpoints import load_checkpoint
+from plumbing.data import DataConfig, load_data
+from plumbing.errors import UserError
 from plumbing.weights import load_pretrained
 
 TOML = {"gpt": GPT_TOML, "bart": BART_TOML}
@@ -38,10 +39,10 @@ if __name__ == "__main__":
 """
 
 
-def torchrun(program, *args, ranks=2):
-    """The Outcome of a run of so many ranks, on a port that is free."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", program, *args]
-    process = subprocess.Popen([str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+def torchrun(program, *args):
+    """The Outcome of a run of two ranks, on a port that is free."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    process = subprocess.Popen([*command, *map(str, [program, *args])], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                env=os.environ | {"PYTHONPATH": str(ROOT)})
     try:
         out, err = process.communicate(timeout=60)
@@ -52,7 +53,7 @@ def torchrun(program, *args, ranks=2):
 
 
 def written(folder, kind, what=None):
-    """A folder with config.toml, text.txt and the program: train.py, or one whose update() does `what` before."""
+    """A run's command, without python: train.py, or a program whose update() does `what` before, and a config."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.toml").write_text(TOML[kind].replace("{source}", str(folder.parent / "text.txt")))
     (folder.parent / "text.txt").write_text(TEXT)
@@ -68,8 +69,8 @@ def alone(folder, kind, *settings):
     return outcome
 
 
-def together(folder, kind, *settings, what=None, **kwargs):
-    return torchrun(*written(folder, kind, what), *settings, **kwargs)
+def together(folder, kind, *settings, what=None):
+    return torchrun(*written(folder, kind, what), *settings)
 
 
 def said(outcome, what):
@@ -88,14 +89,13 @@ def assert_same_run(out, expected):
         assert (x - other[name]).abs().max() <= 1e-4, name  # a tenth of the steps' lr
 
 
-@pytest.mark.parametrize("kind, first", [("gpt", "alone"), ("gpt", "together"), ("bart", "together")])
+@pytest.mark.parametrize("kind, first", [("gpt", alone), ("gpt", together), ("bart", together)])
 def test_two_ranks_do_the_run_of_one_process_and_each_resumes_what_the_other_saved(kind, first, tmp_path):
     """Steps 1 to 3 on one and 4 to 6 on the other; pairs are ragged, and their last held-out batch is of one row."""
     settings = [*STEADY, "--data.n_val=65", "--train.eval_batches=3"]
     alone(tmp_path / "whole", kind, *settings, "--train.steps=6")
-    for steps, ranks in ((3, first), (6, "alone" if first == "together" else "together")):
-        step = [*settings, f"--train.steps={steps}", "--train.resume=true"]
-        outcome = {"alone": alone, "together": together}[ranks](tmp_path / "parts", kind, *step)
+    for steps, run in ((3, first), (6, together if first is alone else alone)):
+        outcome = run(tmp_path / "parts", kind, *settings, f"--train.steps={steps}", "--train.resume=true")
         assert outcome.code == 0 and outcome.out.count("parameters") == outcome.out.count("saved") == 1, outcome
         assert outcome.out.count("\n") == 2 and (tmp_path / "parts" / "out" / "loss.png").exists()
     assert_same_run(tmp_path / "parts" / "out", tmp_path / "whole" / "out")
@@ -112,8 +112,8 @@ def test_each_rank_has_its_rows_its_dropout_and_the_weights_of_all(tmp_path):
     """With Muon, and the frozen bias of BART's head, for whose gradient nobody may wait."""
     outcome = together(tmp_path / "run", "bart", "--train.steps=2", "--train.accumulation=2", what=WITNESS)
     assert outcome.code == 0, outcome
-    data, _ = train.load_data(train.DataConfig(source="reverse", tokenizer="char", min_length=1, max_length=5, n_train=3000,
-                                               n_val=100), seq2seq=True)
+    values = dict(source="reverse", tokenizer="char", min_length=1, max_length=5, n_train=3000, n_val=100)
+    data, _ = load_data(DataConfig(**values), seq2seq=True)
     for step in (1, 2):
         ours, theirs = (torch.load(tmp_path / "run" / f"{rank}-{step}.pt") for rank in (0, 1))
         assert all(torch.equal(x, theirs["weights"][name]) for name, x in ours["weights"].items())
@@ -123,11 +123,33 @@ def test_each_rank_has_its_rows_its_dropout_and_the_weights_of_all(tmp_path):
             assert [len(labels) for labels in rows] == [16, 16] and torch.equal(torch.cat(rows), whole)
 
 
+def test_rows_are_dealt_out_once_and_as_evenly_as_they_can(monkeypatch):
+    monkeypatch.setattr(ranks, "world", lambda: 3)
+    parts = []
+    for rank in range(3):
+        monkeypatch.setattr(ranks, "rank", lambda: rank)
+        parts.append(ranks.share(torch.arange(14).view(7, 2)))
+    assert [len(part) for part in parts] == [3, 2, 2] and torch.equal(torch.cat(parts), torch.arange(14).view(7, 2))
+
+
+def test_a_rank_takes_a_gpu_of_its_own_and_one_for_all_is_refused(monkeypatch):
+    current = []
+    monkeypatch.setattr(ranks, "world", lambda: 2)
+    monkeypatch.setattr(ranks, "pick_device", lambda name: "cuda" if name == "auto" else name)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert [ranks.device(name) for name in ("auto", "cuda", "cpu")] == ["cuda:1", "cuda:1", "cpu"]
+    assert current == ["cuda:1", "cuda:1"]
+    for name in ("cuda:0", "mps"):
+        with pytest.raises(UserError, match=f"train.device={name} is one device for 2 ranks: pass cuda"):
+            ranks.device(name)
+
+
 def test_a_batch_that_ranks_cannot_share_is_refused_in_one_line_and_nothing_is_written(tmp_path):
     outcome = together(tmp_path, "gpt", "--train.batch_size=7")
     assert outcome.code != 0 and outcome.out == "" and not (tmp_path / "out").exists()
-    assert said(outcome, "error") == ["error: train.batch_size=7 must be a multiple of torchrun's 2 ranks, which share it: "
-                                      "change one of the two"]
+    assert said(outcome, "error") == ["error: train.batch_size=7 must be a multiple of torchrun's 2 ranks, which share "
+                                      "it: change one of the two"]
     assert re.search(r"rank +: 0 .*\n +exitcode +: 2 ", outcome.err), outcome.err  # torchrun's report; its own is 1
 
 
@@ -144,7 +166,8 @@ def test_a_weight_that_is_no_number_on_one_rank_ends_all_and_leaves_the_checkpoi
     what = "if rank == 1 and len(calls) == 4: torch.nn.init.constant_(next(model.parameters()), float('nan'))"
     outcome = together(tmp_path, "gpt", "--train.eval_every=3", what=what)
     [line] = said(outcome, "stopped")
-    assert "the loss is nan" in line and f"at step 4; the last good checkpoint is {tmp_path / 'out' / 'step-00000003'}" in line
+    good = tmp_path / "out" / "step-00000003"
+    assert "the loss is nan" in line and f"at step 4; the last good checkpoint is {good}" in line
     assert re.search(r"rank +: 0 .*\n +exitcode +: 3 ", outcome.err), outcome.err
     assert load_checkpoint(tmp_path / "out").step == 3 and outcome.out.count("saved") == 1
 

@@ -307,14 +307,16 @@ def test_a_run_that_was_stopped_and_resumed_is_the_run_that_never_stopped(kind, 
         assert untimed(folder / "out") == untimed(whole / "out")
 
 
-def test_control_c_stops_a_real_run_between_two_steps_and_saves(tmp_path):
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_a_real_run_between_two_steps_and_saves(signum, tmp_path):
+    """Control-C, or the kill of whoever lends the machine."""
     train_run(tmp_path, GPT_TOML, "--train.steps=1")
     process = shell("train.py", tmp_path / "config.toml", f"--train.out_dir={tmp_path / 'out'}", "--train.resume=true",
                     "--train.steps=1000000", "--train.eval_every=1000000", "--train.log_every=1")
     while len(log(tmp_path / "out")) < 5:
         time.sleep(0.02)
         assert process.poll() is None
-    process.send_signal(signal.SIGINT)
+    process.send_signal(signum)
     outcome = finish(process)
     assert outcome.code == 130 and outcome.err.endswith("interrupted\n") and "Traceback" not in outcome.err
     step = int(re.findall(r"step (\d+): saved", outcome.out)[-1])
