@@ -6,6 +6,7 @@ Train a GPT on a text, or a BART on pairs of texts. One straight loop.
     python train.py configs/gpt-tiny.toml --train.resume=true
     python train.py configs/gpt2-124m.toml --dry-run
     python train.py configs/gpt-tiny.toml --train.init_from=out/gpt-tiny --train.out_dir=out/further --train.lr=3e-3
+    torchrun --nproc-per-node=2 train.py configs/gpt-tiny.toml
 
 A configuration has three tables, [model], [data] and [train]; --section.key=value changes any of its values, and
 --help lists them all. A run lives in its out_dir: step-*/ checkpoints, each a Hugging Face directory (the last two and
@@ -13,7 +14,8 @@ the best are kept), log.jsonl, and loss.png where matplotlib is installed. Ctrl-
 continues from the newest checkpoint, bit for bit on a CPU as if the run had never stopped; a run that is there is
 never overwritten. --dry-run tries a few steps, says what all would take, and keeps nothing. --train.init_from=DIR
 begins a run with the weights and the tokenizer of a model instead of random ones: its matrices must have the shapes
-that [model] says.
+that [model] says. Under torchrun, processes with a GPU each, or parts of a CPU, share the rows of every batch and do
+the same run; what some of them saved, any number resumes.
 """
 
 import math
@@ -29,13 +31,18 @@ if __name__ == "__main__":
 
 import torch
 from torch.nn import functional as F
+from tqdm import tqdm
 
+from generate import generate
 from model import BART, GPT
 from plumbing import config as configs
+from plumbing import ranks
 from plumbing.data import IGNORE, DataConfig, load_data
 from plumbing.models import PRESETS, check_memory, model_class, read_model_config
 from plumbing.runs import Run
-from plumbing.utils import pick_device, set_seed
+from plumbing.utils import set_seed
+
+GIVEN, WRITTEN = 8, 64  # tokens of a sample
 
 @dataclass(slots=True)
 class TrainConfig:
@@ -43,7 +50,7 @@ class TrainConfig:
     init_from: str | None = None  # a model's directory or its name on the hub: what to begin with
     seed: int = 1337            # of the initial weights and of dropout; the data has its own
     steps: int = 2000           # optimizer steps
-    batch_size: int = 12        # sequences in a micro-batch
+    batch_size: int = 12        # sequences in a micro-batch, of all ranks together
     accumulation: int = 1       # micro-batches in a step: their gradient is that of one batch of all of them
     optimizer: str = "adamw"    # or muon: orthogonalised momentum on the layers' matrices, AdamW on the rest
     lr: float = 1e-3            # peak learning rate, after the warm-up
@@ -55,6 +62,7 @@ class TrainConfig:
     eval_every: int = 250       # steps between evaluations, each followed by a checkpoint
     eval_batches: int | None = None  # held-out batches in an evaluation, None = all
     log_every: int = 10         # steps between lines of log.jsonl
+    sample_every: int | None = None  # steps between texts that the model writes, to be looked at; None = never
     device: str = "auto"
     dtype: str = "auto"         # of autocast: auto (bfloat16 on CUDA, else float32), float32, bfloat16
     compile: bool = False       # torch.compile the model: worth its wait on a GPU
@@ -62,7 +70,8 @@ class TrainConfig:
 
     def validate(self):
         least = {"steps": 1, "batch_size": 1, "accumulation": 1, "warmup_steps": 0, "eval_every": 1, "log_every": 1,
-                 "lr": 0, "min_lr": 0, "weight_decay": 0, "beta2": 0, "grad_clip": 1e-9, "seed": 0, "eval_batches": 1}
+                 "lr": 0, "min_lr": 0, "weight_decay": 0, "beta2": 0, "grad_clip": 1e-9, "seed": 0, "eval_batches": 1,
+                 "sample_every": 1}
         for name, low in least.items():
             value = getattr(self, name)
             if value is not None and not low <= value < 2**63:
@@ -71,6 +80,9 @@ class TrainConfig:
             raise UserError(f"train.beta2={self.beta2} must be below 1, which would be a memory without end")
         if self.batch_size > 2**16:
             raise UserError(f"train.batch_size={self.batch_size} must be at most {2**16}: use train.accumulation")
+        if self.batch_size % ranks.world():
+            raise UserError(f"train.batch_size={self.batch_size} must be a multiple of torchrun's {ranks.world()} "
+                            f"ranks, which share it: change one of the two")
         for name, allowed in {"optimizer": ("adamw", "muon"), "dtype": ("auto", "float32", "bfloat16")}.items():
             if getattr(self, name) not in allowed:
                 raise UserError(f"train.{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}")
@@ -120,9 +132,11 @@ def loss_sum(model, inputs, labels):
 
 
 def to(device, batch):
+    """This rank's rows of a batch, there."""
     inputs, labels = batch
     cuda = device.startswith("cuda")  # where a copy from pinned memory waits in the GPU's queue, and we need not
-    *inputs, labels = ((x.pin_memory() if cuda else x).to(device, non_blocking=cuda) for x in (*inputs, labels))
+    *inputs, labels = ((x.pin_memory() if cuda else x).to(device, non_blocking=cuda)
+                       for x in map(ranks.share, (*inputs, labels)))
     return tuple(inputs), labels
 
 
@@ -136,28 +150,43 @@ def evaluate(model, batches, device, autocast, loss_sum=loss_sum):
     total = tokens = exact = rows = 0
     for batch in batches:
         inputs, labels = to(device, batch)
+        if not len(labels):  # the last batch may have fewer rows than there are ranks
+            continue
         with autocast:
             loss, logits = loss_sum(model, inputs, labels)
         total, tokens = total + loss.item(), tokens + (labels != IGNORE).sum().item()
         right = (logits.argmax(-1) == labels) | (labels == IGNORE)  # (B, T)
         exact, rows = exact + right.all(1).sum().item(), rows + len(labels)
+    total, tokens, exact, rows = ranks.total(total, tokens, exact, rows)
     if not math.isfinite(total):  # said before a checkpoint is made of such weights
         raise NonFiniteError(f"the held-out loss is {total / tokens:.4g}")
     return total / tokens, exact / rows
 
 
+def sample(model, data, tokenizer):
+    """What the model makes of the first held-out text: it goes on after a few tokens, or answers the source. Greedy."""
+    (first, *_), _ = next(data.val_batches(batch_size=1, block_size=model.config.block_size))
+    given = first[0].tolist() if model.config.is_encoder_decoder else first[0, : GIVEN].tolist()
+    room = model.config.block_size - model.config.starts(len(given))
+    [new] = generate(model, [given], min(WRITTEN, room))
+    return f"{tokenizer.decode(given)!r} -> {tokenizer.decode(new)!r}"
+
+
 def update(model, optimizers, batches, config, autocast, loss_sum=loss_sum):
     """
     One optimizer step on the mean loss over all labels of the micro-batches (not a mean of means: they may differ in
-    how many labels they hold). Returns that loss, the gradient's norm before clipping, and the number of labels.
+    how many labels they hold; nor of ranks). Returns that loss, the gradient's norm before clipping, and the number of
+    labels.
     """
-    count = sum((labels != IGNORE).sum() for _, labels in batches)
+    count = ranks.mean(sum((labels != IGNORE).sum() for _, labels in batches))  # a mean, as the gradient will be one
     loss = 0.0
-    for inputs, labels in batches:
-        with autocast:
-            part = loss_sum(model, inputs, labels)[0] / count
-        part.backward()
+    for i, (inputs, labels) in enumerate(batches, start=1):
+        with ranks.keeping(model, i < len(batches)):
+            with autocast:
+                part = loss_sum(model, inputs, labels)[0] / count
+            part.backward()
         loss += part.detach()
+    loss = ranks.mean(loss)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
     loss, norm, count = loss.item(), norm.item(), count.item()  # all here: later they would wait for the step as well
     if not math.isfinite(loss + norm):  # looked at before the step, so that the weights are still the good ones
@@ -165,7 +194,7 @@ def update(model, optimizers, batches, config, autocast, loss_sum=loss_sum):
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad()
-    return loss, norm, count
+    return loss, norm, count * ranks.world()
 
 
 # -----------------------------------------------------------------------------
@@ -182,7 +211,7 @@ def train(model_values, data_config, config):
 
 def settled(config):
     """The same TrainConfig with the device and the dtype that are meant by "auto" here."""
-    device = pick_device(config.device)
+    device = ranks.device(config.device)
     dtype = config.dtype if config.dtype != "auto" else "bfloat16" if device.startswith("cuda") else "float32"
     return replace(config, device=device, dtype=dtype)
 
@@ -201,6 +230,8 @@ def set_up(model_values, data_config, config):
     optimizers = make_optimizers(model, config)
     this_run.restore(model, optimizers, {"model": asdict(model.config), "data": asdict(data_config),
                                          "text": data.identity, "train": asdict(config)})
+    if ranks.rank():  # its dropout is its own; the checkpoint has that of rank 0
+        set_seed(hash((config.seed, this_run.step, ranks.rank())) % 2**63)
     print(f"{model.count_parameters():,} parameters, {this_run.tokenizer.n_vocab:,} tokens in the vocabulary, "
           f"on {config.device} in {config.dtype}")
     if this_run.step >= config.steps:
@@ -212,6 +243,7 @@ def loop(this_run, data, model, optimizers, config):
     """The steps that are left, with a look at the held-out data and a checkpoint every eval_every of them."""
     autocast = torch.autocast(config.device.split(":")[0], torch.bfloat16, enabled=config.dtype == "bfloat16")
     compute = torch.compile(loss_sum) if config.compile else loss_sum  # with the loss: its logits are what is large
+    replica = ranks.replicated(model)
     shape = {"batch_size": config.batch_size, "block_size": model.config.block_size}
     with this_run.stoppable():
         for step in this_run.steps(config.steps):
@@ -219,9 +251,10 @@ def loop(this_run, data, model, optimizers, config):
             set_lr(optimizers, lr)
             micro = range((step - 1) * config.accumulation, step * config.accumulation)
             batches = [to(config.device, data.batch_at(i, **shape)) for i in micro]
-            loss, norm, tokens = update(model, optimizers, batches, config, autocast, compute)
+            loss, norm, tokens = update(replica, optimizers, batches, config, autocast, compute)
             speed = tokens / (time.perf_counter() - started)
             this_run.bar.set_postfix(loss=f"{loss:.3f}", tokens_per_s=f"{speed:,.0f}", refresh=False)
+            this_run.agree()
             if step % config.log_every == 0:
                 this_run.log(step, loss=loss, lr=lr, grad_norm=norm, tokens_per_second=speed)
             if step % config.eval_every == 0 or step == config.steps:
@@ -232,6 +265,8 @@ def loop(this_run, data, model, optimizers, config):
                 this_run.save(step, model, optimizers, val_loss)
             elif this_run.stop:
                 this_run.save(step, model, optimizers)
+            if config.sample_every and step % config.sample_every == 0:
+                tqdm.write(f"step {step}: {sample(model, data, this_run.tokenizer)}")
 
 
 def read(args):
@@ -245,16 +280,17 @@ def read(args):
 
 def main(args=None):
     args = sys.argv[1:] if args is None else args
-    if "--dry-run" in args:
-        from plumbing import train_bench  # which imports this file
-        print(train_bench.dry_run([arg for arg in args if arg != "--dry-run"]))
-        return
     if "-h" in args or "--help" in args:
         settings = configs.describe(model=GPT.get_default_config(), data=DataConfig(), train=TrainConfig())
         print(f"{__doc__}\n{settings}\n\n[model] also takes type (gpt or bart) and preset "
               f"({', '.join(PRESETS)}); a bart has n_encoder_layer and n_decoder_layer.")
         return
-    train(*read(args))
+    with ranks.joined():
+        if "--dry-run" not in args:
+            train(*read(args))
+        else:
+            from plumbing import train_bench  # which imports this file
+            print(train_bench.dry_run([arg for arg in args if arg != "--dry-run"]))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """What a model trains on: a text cut into windows (GPT), or pairs of a source and a target text (BART).
 
-Both kinds have the same face: `batch_at`, a pure function of (seed, step, rank), so that a resumed run sees
-what an uninterrupted one sees; `val_batches`, the whole held-out split in order; `identity`, to notice that
-the data changed. Nothing here needs a network except tiny Shakespeare.
+Both kinds have the same face: `batch_at`, a pure function of (seed, step), so that a resumed run sees what an
+uninterrupted one sees, and any number of ranks what one process sees; `val_batches`, the whole held-out split in order;
+`identity`, to notice that the data changed. Nothing here needs a network except tiny Shakespeare.
 """
 
 import ast
@@ -104,16 +104,16 @@ class TextData:
         self.chars_per_token = len(val) / len(self.val)  # nats per token / this = nats per character
         self.identity = describe(name, train + val, len(self.train) + len(self.val))
 
-    def batch_at(self, step, rank=0, *, batch_size, block_size):
+    def batch_at(self, step, *, batch_size, block_size):
         """((idx,), labels), both (batch_size, block_size) int64: labels are what follows each id of idx."""
         if len(self.train) <= block_size:
             raise UserError(f"the training part of {self.name} has {len(self.train)} tokens and a window of "
                             f"block_size {block_size} needs {block_size + 1}; give more text or lower it")
         last = len(self.train) - 1 - block_size  # where the last window can start
         stretches = last // block_size + 1
-        rng = generator(self.seed, rank, step)
+        rng = generator(self.seed, 0, step)
         within = torch.rand(batch_size, generator=rng, dtype=torch.float64)
-        where = visit(stretches, batch_size, step, rank, self.seed) + within
+        where = visit(stretches, batch_size, step, self.seed) + within
         start = (where * ((last + 1) / stretches)).long().clamp(max=last)  # clamp: the product may round up
         at = start[:, None] + torch.arange(block_size)  # (B, T)
         return (self.train[at],), self.train[at + 1]
@@ -152,9 +152,9 @@ class PairData:
         return (pad_sequence(sources, batch_first=True, padding_value=self.pad_id), lengths,
                 pad_sequence(targets, batch_first=True, padding_value=IGNORE))
 
-    def batch_at(self, step, rank=0, *, batch_size, block_size):
+    def batch_at(self, step, *, batch_size, block_size):
         """((source (B, N), target (B, M), source_lengths (B,)), labels (B, M)), all int64; see the class."""
-        items = visit(len(self.train_pairs), batch_size, step, rank, self.seed)
+        items = visit(len(self.train_pairs), batch_size, step, self.seed)
         return self._batch(self.train, items, block_size)
 
     def val_batches(self, batch_size, block_size):
@@ -180,7 +180,10 @@ class PairData:
 
 
 def generator(*key):
-    """A random generator that is a function of the key alone; neighbouring keys have nothing in common."""
+    """
+    A random generator that is a function of the key alone; neighbouring keys have nothing in common. The 0 in the keys
+    below is older than the checkpoints that are there: without it, their runs would go on with other batches.
+    """
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))  # torch uses 32 bits of it
 
@@ -190,11 +193,11 @@ def permutation(n, *key):
     return torch.randperm(n, generator=generator("order", *key))
 
 
-def visit(n, batch_size, step, rank, seed):
+def visit(n, batch_size, step, seed):
     """Which of n items the batch takes, (batch_size,): each once an epoch; a batch may span two."""
     epoch, skip = divmod(step * batch_size, n)
     epochs = range(epoch, epoch + (skip + batch_size - 1) // n + 1)
-    return torch.cat([permutation(n, seed, rank, e) for e in epochs])[skip:skip + batch_size]
+    return torch.cat([permutation(n, seed, 0, e) for e in epochs])[skip:skip + batch_size]
 
 
 def describe(name, text, tokens):

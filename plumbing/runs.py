@@ -11,6 +11,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from plumbing import ranks
 from plumbing.checkpoints import load_checkpoint, load_weights, save_checkpoint
 from plumbing.errors import NonFiniteError, UserError
 from plumbing.files import read_bytes
@@ -28,11 +29,12 @@ class Run:
     """
     The run in a directory. step and val_loss: where its newest checkpoint stands, 0 and None for a new run; tokenizer:
     the checkpoint's, or that of the model init_from, whose weights a new run begins with. Raises UserError if there is
-    a run and `resume` was not asked for: a run is never overwritten; and if another process is training there.
+    a run and `resume` was not asked for: a run is never overwritten; and if another process is training there. Of
+    several ranks, all read and only the first writes.
     """
 
     def __init__(self, out_dir, resume, init_from=None):
-        self.out, self.stop, self.val_loss, self.locked = Path(out_dir), False, None, None
+        self.out, self.asked, self.stop, self.val_loss, self.locked = Path(out_dir), False, False, None, None
         self.lock()
         self.checkpoint = load_checkpoint(self.out)
         self.step = self.checkpoint.step if self.checkpoint else 0
@@ -66,6 +68,7 @@ class Run:
             load_weights(model, self.origin)
         self.rewind_log()
 
+    @ranks.first
     def lock(self):
         """Keep other trainings out of the directory, once it is there, as long as this object and its process live."""
         if self.locked or not self.out.is_dir():
@@ -80,6 +83,7 @@ class Run:
         except OSError:
             pass  # a file system without locks
 
+    @ranks.first
     def rewind_log(self):
         """Keep of log.jsonl what happened up to the checkpoint; the rest will happen again."""
         lines = [json.dumps(line) + "\n" for line in self.history() if line["step"] <= self.step]
@@ -104,10 +108,12 @@ class Run:
             lines.append(numbers)
         return lines
 
+    @ranks.first
     def log(self, step, **numbers):
         with open(self.out / "log.jsonl", "a") as file:
             file.write(json.dumps({"step": step} | numbers) + "\n")
 
+    @ranks.first
     def save(self, step, model, optimizers, val_loss=None):
         """Save a checkpoint and only then say so."""
         self.val_loss = val_loss
@@ -117,7 +123,7 @@ class Run:
         sys.stdout.flush()
 
     def steps(self, last):
-        """The numbers of the steps that are left, counted by self.bar; after a Ctrl-C the next one is not begun."""
+        """The numbers of the steps that are left, counted by self.bar; once self.stop is set, the next is not begun."""
         with tqdm(total=last, initial=self.step, unit="step", dynamic_ncols=True,
                   mininterval=0.5 if sys.stderr.isatty() else 15) as self.bar:
             for step in range(self.step + 1, last + 1):
@@ -126,17 +132,23 @@ class Run:
                 if self.stop:
                     raise KeyboardInterrupt
 
+    def agree(self):
+        """Set self.stop if any rank was asked to stop. Once in every step, so that all stop at the same one."""
+        [self.stop] = ranks.total(self.asked)
+
     @contextmanager
     def stoppable(self):
         """
-        Inside, a first Ctrl-C sets self.stop, to be honoured between two steps; a second one stops at once. A stop on a
-        number that is none says where that was, what is left and what to do.
+        Inside, a first Ctrl-C or SIGTERM is noted for agree(), to be honoured between two steps; a second one stops at
+        once, if there is one rank: torchrun passes on a signal that all have had. A stop on a number that is none says
+        where that was, what is left and what to do.
         """
         def ask(signum, frame):
-            self.stop = True
-            signal.signal(signal.SIGINT, before)
+            self.asked = True
+            if ranks.world() == 1:
+                signal.signal(signum, before[signum])
 
-        before = signal.signal(signal.SIGINT, ask)
+        before = {signum: signal.signal(signum, ask) for signum in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
         except NonFiniteError as error:
@@ -146,8 +158,10 @@ class Run:
             raise NonFiniteError(f"{error} at step {self.bar.n + 1}; {left} with a lower --train.lr (it was {lr:g}) or "
                                  f"--train.grad_clip") from None
         finally:
-            signal.signal(signal.SIGINT, before)
+            for signum, handler in before.items():
+                signal.signal(signum, handler)
 
+    @ranks.first
     def plot(self):
         """Draw loss.png, where matplotlib is installed."""
         try:

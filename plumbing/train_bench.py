@@ -72,7 +72,8 @@ def measure(args):
         start = time.perf_counter()
         train.loop(this_run, data, model, optimizers, config)
     seconds = [after - before for before, after in zip([start, *times], times)]
-    return dict(config=args.random, steps=steps, machine=machine(config.device), device=config.device, dtype=config.dtype, **shape,
+    return dict(config=args.random, steps=steps, machine=machine(config.device), device=config.device,
+                dtype=config.dtype, **shape,
                 accumulation=config.accumulation, compiled=config.compile, parameters=model.count_parameters(),
                 seconds=seconds, tokens_per_second=speeds, set_up_seconds=seconds[0] - median(seconds[FIRST:]),
                 flops_per_token=flops, peak_bytes=resident("VmHWM"),

@@ -1,4 +1,4 @@
-"""Promises about data: batches depend on nothing but (seed, step, rank), and held out means held out."""
+"""Promises about data: batches depend on nothing but (seed, step), and held out means held out."""
 
 import contextlib
 import hashlib
@@ -39,24 +39,21 @@ def same(one, other):
 
 
 @pytest.mark.parametrize("make", [text_data, pair_data])
-def test_a_batch_depends_only_on_seed_step_and_rank(make):
+def test_a_batch_depends_only_on_seed_and_step(make):
     shape = dict(batch_size=8, block_size=400)
     one, other = make()[0], make()[0]
     torch.manual_seed(0)
-    there = [one.batch_at(step, rank, **shape) for step in range(30) for rank in range(2)]
+    there = [one.batch_at(step, **shape) for step in range(30)]
     torch.manual_seed(1)
-    back = [other.batch_at(step, rank, **shape) for step in reversed(range(30)) for rank in (1, 0)]
+    back = [other.batch_at(step, **shape) for step in reversed(range(30))]
     assert all(same(a, b) for a, b in zip(there, reversed(back)))
     assert not same(there[0], make(seed=2)[0].batch_at(0, **shape))
 
 
 @pytest.mark.parametrize("make", [text_data, pair_data])
-def test_ranks_and_steps_see_different_batches(make):
-    """One stream for every rank would train n times on the same thing."""
+def test_steps_see_different_batches(make):
     found = make()[0]
-    seen = {str(found.batch_at(step, rank, batch_size=4, block_size=400)[1].tolist())
-            for step in range(12) for rank in range(3)}
-    assert len(seen) == 36
+    assert len({str(found.batch_at(step, batch_size=4, block_size=400)[1].tolist()) for step in range(36)}) == 36
 
 
 def test_labels_are_the_inputs_shifted_and_come_from_the_text():
@@ -71,7 +68,7 @@ def test_labels_are_the_inputs_shifted_and_come_from_the_text():
 
 def test_an_epoch_visits_every_item_once_and_the_next_in_another_order():
     for n, batch_size in [(10, 3), (7, 7), (3, 8), (1, 4)]:
-        items = torch.cat([data.visit(n, batch_size, step, 0, 5) for step in range(n * 2)]).tolist()
+        items = torch.cat([data.visit(n, batch_size, step, 5) for step in range(n * 2)]).tolist()
         epochs = [items[i:i + n] for i in range(0, len(items), n)]
         assert all(sorted(epoch) == list(range(n)) for epoch in epochs) and len(items) == 2 * n * batch_size
         assert n < 3 or len({str(epoch) for epoch in epochs}) > 1

@@ -185,6 +185,23 @@ def test_stdout_says_what_is_trained_and_what_was_saved(tmp_path):
     assert [line.split(":")[0] for line in saved] == ["step 1", "step 2"]
 
 
+@pytest.mark.parametrize("kind, n", [("gpt", 56), ("bart", 11)])
+def test_samples_show_what_the_model_of_that_step_writes_and_change_nothing(kind, n, tmp_path):
+    plain, shown = tmp_path / "plain", tmp_path / "shown"
+    train_run(plain, TOML[kind], "--train.steps=4", "--train.eval_every=2")
+    outcome = train_run(shown, TOML[kind], "--train.steps=4", "--train.eval_every=2", "--train.sample_every=2")
+    assert untimed(plain / "out") == untimed(shown / "out")
+    assert sha256(plain / "out", 4)[0] == sha256(shown / "out", 4)[0]
+    data_config = train.read([str(shown / "config.toml")])[1]
+    for step in (2, 4):
+        model, tokenizer = load_pretrained(shown / "out" / f"step-{step:08d}")
+        data = load_data(data_config, seq2seq=kind == "bart", tokenizer=tokenizer)[0]
+        (first, *_), _ = next(data.val_batches(batch_size=1, block_size=model.config.block_size))
+        given = first[0].tolist()[: None if kind == "bart" else 8]
+        new = generate.generate(model, [given], n)[0]
+        assert f"step {step}: {tokenizer.decode(given)!r} -> {tokenizer.decode(new)!r}" in outcome.out.splitlines()
+
+
 def test_a_log_without_a_checkpoint_is_that_of_a_run_that_came_to_nothing(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "log.jsonl").write_text('{"step": 1, "loss": 9.0}\n{"step": 2, "lo')
@@ -307,14 +324,16 @@ def test_a_run_that_was_stopped_and_resumed_is_the_run_that_never_stopped(kind, 
         assert untimed(folder / "out") == untimed(whole / "out")
 
 
-def test_control_c_stops_a_real_run_between_two_steps_and_saves(tmp_path):
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_a_real_run_between_two_steps_and_saves(signum, tmp_path):
+    """Control-C, or the kill of whoever lends the machine."""
     train_run(tmp_path, GPT_TOML, "--train.steps=1")
     process = shell("train.py", tmp_path / "config.toml", f"--train.out_dir={tmp_path / 'out'}", "--train.resume=true",
                     "--train.steps=1000000", "--train.eval_every=1000000", "--train.log_every=1")
     while len(log(tmp_path / "out")) < 5:
         time.sleep(0.02)
         assert process.poll() is None
-    process.send_signal(signal.SIGINT)
+    process.send_signal(signum)
     outcome = finish(process)
     assert outcome.code == 130 and outcome.err.endswith("interrupted\n") and "Traceback" not in outcome.err
     step = int(re.findall(r"step (\d+): saved", outcome.out)[-1])
