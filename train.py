@@ -132,7 +132,7 @@ def loss_sum(model, inputs, labels):
 
 
 def to(device, batch):
-    """This rank's rows of a batch, there."""
+    """This rank's rows of a batch, on the device."""
     inputs, labels = batch
     cuda = device.startswith("cuda")  # where a copy from pinned memory waits in the GPU's queue, and we need not
     *inputs, labels = ((x.pin_memory() if cuda else x).to(device, non_blocking=cuda)
@@ -174,9 +174,8 @@ def sample(model, data, tokenizer):
 
 def update(model, optimizers, batches, config, autocast, loss_sum=loss_sum):
     """
-    One optimizer step on the mean loss over all labels of the micro-batches (not a mean of means: they may differ in
-    how many labels they hold; nor of ranks). Returns that loss, the gradient's norm before clipping, and the number of
-    labels.
+    One optimizer step on the mean loss over all labels of the micro-batches (not a mean of means: they, and ranks, may
+    differ in how many labels they hold). Returns that loss, the gradient's norm before clipping, and how many labels.
     """
     count = ranks.mean(sum((labels != IGNORE).sum() for _, labels in batches))  # a mean, as the gradient will be one
     loss = 0.0
