@@ -78,7 +78,7 @@ def load_data(config, *, seq2seq, tokenizer=None):
     if config.noise and not seq2seq:
         raise UserError(f"data.noise is {config.noise!a}, and a GPT trains on a text as it is; leave it out")
     paired, source = seq2seq and not config.noise, config.source
-    if (source in TASKS or paired and (source.endswith(".jsonl") or os.path.isdir(source))) != paired:
+    if (source in TASKS or paired and is_pairs(source)) != paired:  # of a directory either may be read
         family, wanted = ("BART", "pairs") if paired else ("BART with data.noise" if seq2seq else "GPT", "a text")
         names = f"{', '.join(TASKS)}, a path of .jsonl, or a data.noise" if paired else "pydoc, shakespeare, or a path"
         raise UserError(f"a {family} trains on {wanted} and data.source is {source!a}; choose {names}")
@@ -285,6 +285,11 @@ WEEK = "Mon Tue Wed Thu Fri Sat Sun".split()
 MONTHS = "January February March April May June July August September October November December".split()
 DRAWN = {"headline": headlines.pair, "reverse": reverse, "sort": sort, "addition": addition, "dates": dates}
 TASKS = (*DRAWN, "docstrings")
+
+
+def is_pairs(source):
+    """Whether pairs may be behind this data.source: it is a task, or named as a file or a directory of them is."""
+    return source in TASKS or source.endswith(".jsonl") or os.path.isdir(source)
 
 
 def make_pairs(config):
