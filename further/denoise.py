@@ -86,8 +86,8 @@ def infill(ids, mask_id, rng):
     sizes = torch.cat([spans, spans.new_ones(len(ids) - int(spans.sum()))])  # spans, and ids that stay, are pieces ...
     order = torch.randperm(len(sizes), generator=rng)                        # ... of which any order is as likely
     sizes = sizes[order]
-    first = (sizes.cumsum(0) - sizes).clamp(max=len(ids) - 1)  # of each piece; an empty one may stand behind the text
-    return ids[first].masked_fill(order < len(spans), mask_id)
+    last = sizes.cumsum(0) - 1  # of each piece, where it ends in the text: an id that stays is there itself
+    return ids[last].masked_fill(order < len(spans), mask_id)
 
 
 def span_lengths(total, rng):

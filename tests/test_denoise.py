@@ -171,11 +171,11 @@ def test_noise_is_a_function_of_seed_step_and_rank(noise):
 
 
 def test_every_epoch_has_other_noise_and_the_held_out_part_always_the_same():
-    """A text of one window, so that only the noise can differ between epochs."""
+    """A text of one window, so that only the noise can differ between epochs, or ranks."""
     text = TEXT[:60]
     tok = train_tokenizer("byte", "", seq2seq=True)
     found = DenoiseData("a text", text, text, tok, 1, "infill")
-    epochs = [rows(found.batch_at(epoch, batch_size=1, block_size=61))[0] for epoch in range(20)]
+    epochs = [rows(found.batch_at(epoch, rank, batch_size=1, block_size=61))[0] for epoch in range(10) for rank in range(2)]
     assert len({tuple(noisy) for noisy, _ in epochs}) == 20
     assert [rows(batch) for batch in found.val_batches(2, 32)] == [rows(batch) for batch in found.val_batches(2, 32)]
     noisy = [[i == found.mask_id for i in source] for batch in found.val_batches(1, 32) for source, _ in rows(batch)]
