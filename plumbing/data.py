@@ -1,6 +1,7 @@
-"""What a model trains on: a text cut into windows (GPT), or pairs of a source and a target text (BART).
+"""What a model trains on: a text cut into windows (GPT), or pairs of a source and a target text (BART), which further/
+denoise.py makes of any text.
 
-Both kinds have the same face: `batch_at`, a pure function of (seed, step), so that a resumed run sees what an
+All kinds have the same face: `batch_at`, a pure function of (seed, step), so that a resumed run sees what an
 uninterrupted one sees, and any number of ranks what one process sees; `val_batches`, the whole held-out split in order;
 `identity`, to notice that the data changed. Nothing here needs a network except tiny Shakespeare.
 """
@@ -10,10 +11,12 @@ import hashlib
 import os
 import platform
 import random
+import re
 import sysconfig
 from dataclasses import dataclass
 from datetime import date, timedelta
 from functools import lru_cache
+from importlib import import_module
 from itertools import chain
 from pathlib import Path
 from string import ascii_lowercase
@@ -23,23 +26,25 @@ from torch.nn.utils.rnn import pad_sequence
 
 from plumbing import headlines
 from plumbing.errors import UserError
-from plumbing.files import fetch, read_bytes, read_text
+from plumbing.files import fetch, json_object, read_bytes, read_text
 from plumbing.tokenizers import KINDS, train_tokenizer
 
 IGNORE = -100  # a label that cross_entropy leaves out
 MAX_TEXT_BYTES = 2**30
 SUFFIXES = (".txt", ".md", ".py")  # what is read of a directory
+NOISES = ("infill", "permute", "infill+permute")
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 
 @dataclass(slots=True)
 class DataConfig:
-    source: str = "pydoc"      # text: pydoc, shakespeare, path of a file or directory; pairs: one of TASKS
+    source: str = "pydoc"      # text: pydoc, shakespeare, path of a file or directory; pairs: one of TASKS, a .jsonl
+    noise: str | None = None   # one of NOISES: a BART restores a text that this was done to, in place of learning pairs
     tokenizer: str = "bpe"     # byte, char, bpe or gpt2
     vocab_size: int = 1024     # ids of a bpe, special ones included
     val_fraction: float = 0.1  # of a text, in characters, held out at its end
-    n_train: int = 20_000      # pairs to train on (docstrings: at most)
+    n_train: int = 20_000      # pairs to train on (docstrings, .jsonl: at most)
     n_val: int = 1_000         # pairs held out
     min_length: int = 3        # letters of the strings in reverse and sort
     max_length: int = 20
@@ -50,6 +55,8 @@ class DataConfig:
         """Refuse what cannot work before anything is read. Raises UserError."""
         if self.tokenizer not in KINDS:
             raise UserError(f"data.tokenizer is {self.tokenizer!a}; choose from {', '.join(KINDS)}")
+        if self.noise not in (None, *NOISES):
+            raise UserError(f"data.noise is {self.noise!a}; choose from {', '.join(NOISES)}, or leave it out")
         if not 0 < self.val_fraction < 1:
             raise UserError(f"data.val_fraction is {self.val_fraction}; it must be above 0 and below 1")
         least = {"vocab_size": 257, "n_train": 1, "n_val": 1, "min_length": 1, "max_length": self.min_length,
@@ -62,31 +69,37 @@ class DataConfig:
 def load_data(config, *, seq2seq, tokenizer=None):
     """The data that `config` names and its tokenizer, trained on the training part unless one is given.
 
-    Texts are for a GPT (seq2seq=False) and pairs for a BART. A char vocabulary is that of the whole text,
-    held-out part included: a letter that occurs only there could not be encoded otherwise.
+    Texts are for a GPT (seq2seq=False) and pairs for a BART, or, with config.noise, texts. A char vocabulary is that of
+    the whole text, held-out part included: a letter that occurs only there could not be encoded otherwise.
     """
     config.validate()
     if tokenizer is not None and tokenizer.seq2seq != seq2seq:
         raise UserError("the tokenizer is of the other family: a BART's has <s> and </s>, a GPT's has not")
-    if (config.source in TASKS) != seq2seq:
-        family, wanted = ("BART", "pairs") if seq2seq else ("GPT", "a text")
-        names = ", ".join(TASKS) if seq2seq else "pydoc, shakespeare, or a path"
-        raise UserError(f"a {family} trains on {wanted} and data.source is {config.source!a}; choose {names}")
-    if seq2seq:
+    if config.noise and not seq2seq:
+        raise UserError(f"data.noise is {config.noise!a}, and a GPT trains on a text as it is; leave it out")
+    paired, source = seq2seq and not config.noise, config.source
+    if (source in TASKS or paired and is_pairs(source)) != paired:  # of a directory either may be read
+        family, wanted = ("BART", "pairs") if paired else ("BART with data.noise" if seq2seq else "GPT", "a text")
+        names = f"{', '.join(TASKS)}, a path of .jsonl, or a data.noise" if paired else "pydoc, shakespeare, or a path"
+        raise UserError(f"a {family} trains on {wanted} and data.source is {source!a}; choose {names}")
+    if paired:
         train, val = make_pairs(config)
         sample = train + val if config.tokenizer == "char" else train[:2000]
         text = "\n".join(chain.from_iterable(sample))
     else:
-        whole = read_source(config.source)
+        whole = read_source(source)
         cut = int(len(whole) * (1 - config.val_fraction))
         train, val = whole[:cut], whole[cut:]
         if not train or not val:
-            raise UserError(f"the text {config.source} has {len(whole)} characters, too few to hold any out; "
+            raise UserError(f"the text {source} has {len(whole)} characters, too few to hold any out; "
                             f"at least 2 are needed, and in practice a few thousand")
         text = whole if config.tokenizer == "char" else train
     if tokenizer is None:
         tokenizer = train_tokenizer(config.tokenizer, text, config.vocab_size, seq2seq)
-    return (PairData if seq2seq else TextData)(config.source, train, val, tokenizer, config.seed), tokenizer
+    parts = (source, train, val, tokenizer, config.seed)
+    if config.noise:
+        return import_module("further.denoise").DenoiseData(*parts, config.noise), tokenizer
+    return (PairData if paired else TextData)(*parts), tokenizer
 
 
 class TextData:
@@ -99,8 +112,8 @@ class TextData:
 
     def __init__(self, name, train, val, tokenizer, seed):
         self.seed, self.name = seed, name
-        self.train = torch.tensor(tokenizer.encode(train))  # (tokens,)
-        self.val = torch.tensor(tokenizer.encode(val))
+        self.train = torch.tensor(tokenizer.encode_plain(train))  # (tokens,)
+        self.val = torch.tensor(tokenizer.encode_plain(val))
         self.chars_per_token = len(val) / len(self.val)  # nats per token / this = nats per character
         self.identity = describe(name, train + val, len(self.train) + len(self.val))
 
@@ -170,9 +183,13 @@ class PairData:
                             f"raise block_size, or shorten or tokenize the data otherwise")
         lengths, labels = lengths[items], targets[items]
         source = sources[items, :lengths.max()]
-        labels = labels[:, :(labels != IGNORE).sum(1).max()]
-        target = torch.cat([torch.full((len(items), 1), self.start_id), labels[:, :-1]], dim=1)
-        return (source, target.masked_fill(target == IGNORE, self.pad_id), lengths), labels
+        return pair_batch(source, lengths, labels[:, :(labels != IGNORE).sum(1).max()], self.pad_id, self.start_id)
+
+
+def pair_batch(source, lengths, labels, pad_id, start_id):
+    """A BART's batch, see PairData: its decoder reads the labels shifted right, behind start_id."""
+    target = torch.cat([torch.full((len(labels), 1), start_id), labels[:, :-1]], dim=1)
+    return (source, target.masked_fill(target == IGNORE, pad_id), lengths), labels
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -224,11 +241,16 @@ def read_source(source):
                         f"shakespeare, {', '.join(TASKS)}, or an existing path")
     if not os.path.isdir(source):
         return read_text(source, MAX_TEXT_BYTES)
-    paths = sorted(Path(folder, file) for folder, _, files in os.walk(source) for file in files
-                   if file.endswith(SUFFIXES) and Path(folder, file).is_file())
+    return "\n".join(read_text(path, MAX_TEXT_BYTES) for path in files(source, SUFFIXES))
+
+
+def files(directory, suffixes):
+    """The paths of all files below a directory whose names end so, in order. Raises UserError if there are none."""
+    paths = sorted(Path(folder, file) for folder, _, names in os.walk(directory) for file in names
+                   if file.endswith(suffixes) and Path(folder, file).is_file())
     if not paths:
-        raise UserError(f"the directory {source} holds no {', '.join(SUFFIXES)} file; pass one that does")
-    return "\n".join(read_text(path, MAX_TEXT_BYTES) for path in paths)
+        raise UserError(f"the directory {directory} holds no {', '.join(suffixes)} file; pass one that does")
+    return paths
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -268,13 +290,20 @@ DRAWN = {"headline": headlines.pair, "reverse": reverse, "sort": sort, "addition
 TASKS = (*DRAWN, "docstrings")
 
 
+def is_pairs(source):
+    """Whether pairs may be behind this data.source: it is a task, or named as a file or a directory of them is."""
+    return source in TASKS or source.endswith(".jsonl") or os.path.isdir(source)
+
+
 def make_pairs(config):
     """Lists of training and of held-out (source, target); no source is in both."""
-    rng = random.Random(f"{config.source} {config.seed}")
-    if config.source == "docstrings":
-        pairs = list(docstrings())
+    name = config.source if config.source in TASKS else "files"  # however a path is spelled, the same are held out
+    rng = random.Random(f"{name} {config.seed}")
+    if config.source not in DRAWN:
+        pairs = list((docstrings() if config.source == "docstrings" else read_pairs(config.source)).items())
         if len(pairs) < 10:
-            raise UserError("this Python came without the sources of its library; choose another data.source")
+            raise UserError(f"{config.source} has {len(pairs)} different sources, of which a tenth is held out; choose "
+                            f"a data.source with at least 10")
         rng.shuffle(pairs)
         n_val = min(config.n_val, len(pairs) // 10)
         return pairs[n_val:n_val + config.n_train], pairs[:n_val]
@@ -293,7 +322,7 @@ def make_pairs(config):
 
 @lru_cache
 def docstrings():
-    """(body, summary line) of the standard library's top level, where the body has 40 to 600 characters."""
+    """{body: summary line} of the standard library's top level, where the body has 40 to 600 characters."""
     found = {}
     for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
         for node in ast.walk(ast.parse(read_bytes(path))):
@@ -301,4 +330,23 @@ def docstrings():
                 summary, _, body = (ast.get_docstring(node) or "").partition("\n\n")
                 if 40 <= len(body) <= 600 and 0 < len(summary) <= 100 and "\n" not in summary:
                     found[body] = summary
-    return tuple(found.items())
+    return found
+
+
+def read_pairs(path):
+    """
+    {source: target} of the lines {"source": ..., "target": ...} of a .jsonl file, or of all of a directory; of equal
+    sources the first counts, and what else a line says does not. Raises UserError that names file and line.
+    """
+    found = {}
+    for file in files(path, (".jsonl",)) if os.path.isdir(path) else [path]:
+        for n, line in enumerate(read_text(file, MAX_TEXT_BYTES).removesuffix("\n").split("\n"), 1):
+            name = f"{file}, line {n}"
+            values = json_object(name, line)
+            for key in ("source", "target"):
+                value = values.get(key)
+                if not isinstance(value, str) or not value or re.search("[\ud800-\udfff]", value):
+                    raise UserError(f"{name}: {key!r} is {value!a:.60}; it must be a text, not empty and without half "
+                                    f"a surrogate pair")
+            found.setdefault(values["source"], values["target"])
+    return found

@@ -206,6 +206,62 @@ def test_an_article_holds_the_facts_of_its_headline_and_others():
     assert sum(distracted) > 500
 
 
+def jsonl(path, n, start=0):
+    path.write_text("".join(f'{{"source": "source {i}", "target": "ziel {i}", "id": {i}}}\n' for i in range(start, start + n)))
+    return str(path)
+
+
+def test_pairs_from_a_file_are_all_used_and_the_same_are_held_out_however_its_path_is_spelled(tmp_path, monkeypatch):
+    path = jsonl(tmp_path / "own.jsonl", 30)
+    found, _ = pair_data(path)
+    assert (len(found.train_pairs), len(found.val_pairs)) == (27, 3)
+    assert sorted(found.train_pairs + found.val_pairs) == sorted((f"source {i}", f"ziel {i}") for i in range(30))
+    monkeypatch.chdir(tmp_path)
+    again, _ = pair_data("own.jsonl")
+    assert (again.train_pairs, again.val_pairs) == (found.train_pairs, found.val_pairs)
+    assert pair_data(path, seed=2)[0].val_pairs != found.val_pairs
+    few, _ = pair_data(path, n_train=5, n_val=2)
+    assert (len(few.train_pairs), few.val_pairs) == (5, found.val_pairs[:2])
+
+
+def test_a_directory_of_jsonl_is_read_whole_and_a_source_that_comes_twice_counts_once(tmp_path):
+    (tmp_path / "b").mkdir()
+    jsonl(tmp_path / "b" / "1.jsonl", 8, start=6)
+    jsonl(tmp_path / "a.jsonl", 8)
+    (tmp_path / "c.txt").write_text("no pairs")
+    (tmp_path / "d.jsonl").write_text('{"source": "source 3", "target": "another"}')
+    assert data.read_pairs(str(tmp_path)) == {f"source {i}": f"ziel {i}" for i in range(14)}
+    assert pair_data(str(tmp_path))[0].val_pairs
+
+
+@pytest.mark.parametrize("line, words", [
+    ('{"source": "a"}', "line 2: 'target' is None; it must be a text"),
+    ('{"target": "a", "Source": "b"}', "line 2: 'source' is None"),
+    ('{"source": 3, "target": "a"}', "line 2: 'source' is 3"),
+    ('{"source": "a", "target": ""}', "line 2: 'target' is ''"),
+    ('{"source": "\\ud800", "target": "a"}', "line 2: 'source' is '\\ud800'"),
+    ('{"source": "a", "source": "b", "target": "c"}', "line 2 holds the key 'source' twice"),
+    ('{"source": "a", "target": "b"', "line 2 is not valid JSON"),
+    ('', "line 2 is not valid JSON"),
+    ('["a", "b"]', "line 2 holds a JSON list, not an object"),
+    ('{"source": "b", "target": "c"}', "own.jsonl has 3 different sources, of which a tenth is held out"),
+])
+def test_a_line_that_is_no_pair_is_named_with_its_file(tmp_path, line, words):
+    """Also a file of too few pairs."""
+    path = tmp_path / "own.jsonl"
+    path.write_text('{"source": "first", "target": "t"}\n' + line + '\n{"source": "last", "target": "t"}\n')
+    with pytest.raises(UserError) as caught:
+        load_data(DataConfig(source=str(path)), seq2seq=True)
+    assert words in str(caught.value) and str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_directory_without_pairs_and_a_file_that_is_not_there_are_refused(tmp_path):
+    with pytest.raises(UserError, match="holds no .jsonl file"):
+        pair_data(str(tmp_path))
+    with pytest.raises(UserError, match="cannot read nowhere.jsonl"):
+        pair_data("nowhere.jsonl")
+
+
 def test_the_decoder_reads_what_bart_reads():
     """Labels <s> ... </s>; its input is the same shifted right behind </s>, as in transformers."""
     found, tok = pair_data("reverse", tokenizer="byte")
@@ -254,7 +310,8 @@ def test_a_text_shorter_than_a_window_is_refused_and_one_window_is_enough(tmp_pa
     (dict(source="a\0b"), False, "no file or directory"),
     (dict(source="/dev/null"), False, "not a regular file"),
     (dict(source="headline"), False, "a GPT trains on a text"),
-    (dict(source="pydoc"), True, "a BART trains on pairs"),
+    (dict(source="pydoc"), True, "a BART trains on pairs and data.source is 'pydoc'; choose headline"),
+    (dict(source="notes.txt"), True, "a path of .jsonl, or a data.noise"),
     (dict(tokenizer="word"), False, "choose from byte"),
     (dict(val_fraction=0.0), False, "val_fraction is 0.0"),
     (dict(val_fraction=float("nan")), False, "val_fraction is nan"),
