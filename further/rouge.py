@@ -54,7 +54,7 @@ def held_out(model, source):
     run = load_checkpoint(model)
     values = (run.extra["data"] if run else {}) | ({"source": source} if source else {})
     config = build(DataConfig, values, "data")
-    if not is_pairs(config.source) or not (source or run):
+    if not is_pairs(config.source):  # a text is what DataConfig names, too, where there is no run
         raise UserError(f"{model} was not trained on pairs by train.py, so that none were held out: name some with "
                         f"--source, {', '.join(TASKS)}, or a path of .jsonl")
     return make_pairs(config)[1]
