@@ -4,8 +4,8 @@ Learn from any text: noise is done to it, and a BART writes what it was (Lewis e
     python train.py configs/bart-denoise.toml [--data.source=PATH]
     python train.py configs/bart-summary.toml --train.init_from=out/bart-denoise
 
-data.noise chooses what is done to a window of the text: "infill", "permute", or "infill+permute" as in the paper, which
-shuffles sentences first and infills then. Infilling puts one mask in the place of a span, so that a model must also find
+data.noise chooses what is done to a window of the text: "infill", "permute", or "infill+permute" as in the paper:
+sentences are shuffled first. Infilling puts one mask in the place of a span, so that a model must also find
 out how much is missing. Here spans are of tokens and begin anywhere; the authors' program takes whole words.
 """
 
@@ -74,7 +74,7 @@ def inside(block_size):
 
 
 def permute(ids, ends, rng):
-    """The sentences of ids (n,) in random order. ends (n - 1,): whether one ends there; the last always does."""
+    """The sentences of ids (n,) in random order. ends (n - 1,): where a sentence ends; the last one does anyway."""
     sentence = torch.cat([torch.zeros(1, dtype=torch.long), ends.cumsum(0)])  # (n,): the number of each id's own
     place = torch.randperm(int(sentence[-1]) + 1, generator=rng)
     return ids[place[sentence].argsort(stable=True)]

@@ -5,10 +5,10 @@ How good summaries are: ROUGE of a model over held-out pairs, beside the first s
     python -m further.rouge --model out/bart-summary [--beams 4]
     python -m further.rouge --model facebook/bart-large-cnn --source articles.jsonl --pairs 100
 
-ROUGE-1 and -2 (Lin 2004) are the F1 of the words and pairs of words that a text shares with the target, ROUGE-L that of
-their longest common subsequence; here in per cent, the mean over all pairs, words stemmed, as is usual. Scores come from
-Google's package. The pairs are those that were held out when the model was trained; texts are what generate.py writes,
-with the rules of the model's publishers.
+ROUGE-1 and -2 (Lin 2004) are the F1 of the words and pairs of words that a text shares with the target, ROUGE-L that
+of their longest common subsequence; here in per cent, the mean over all pairs, words stemmed, as is usual. Scores come
+from Google's package. The pairs are those that were held out when the model was trained; texts are what generate.py
+writes, with the rules of the model's publishers.
 """
 
 import re
@@ -54,7 +54,7 @@ def held_out(model, source):
     run = load_checkpoint(model)
     values = (run.extra["data"] if run else {}) | ({"source": source} if source else {})
     config = build(DataConfig, values, "data")
-    if not is_pairs(config.source) or not (source or run):
+    if not is_pairs(config.source):  # a text is what DataConfig names, too, where there is no run
         raise UserError(f"{model} was not trained on pairs by train.py, so that none were held out: name some with "
                         f"--source, {', '.join(TASKS)}, or a path of .jsonl")
     return make_pairs(config)[1]
@@ -71,7 +71,8 @@ def write(request, sources, batch_size):
 def main(args=None):
     parser = Parser(prog="further.rouge", description=__doc__)
     add = parser.add_argument
-    add("--model", metavar="DIR_OR_NAME", required=True, help="a BART: a run, a Hugging Face directory, or a name")
+    add("--model", metavar="DIR_OR_NAME", required=True, help="a BART: a run, a Hugging Face directory, or a "
+        "name on the hub")
     add("--source", help="data.source of pairs, e.g. a .jsonl file; default: what the run was trained on")
     add("--pairs", type=WHOLE, metavar="N", help="the first N of those held out; default: all")
     add("--beams", type=WHOLE, metavar="N", help="default: what generation_config.json says, or 1 = greedy")

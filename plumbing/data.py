@@ -40,7 +40,7 @@ SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2d
 @dataclass(slots=True)
 class DataConfig:
     source: str = "pydoc"      # text: pydoc, shakespeare, path of a file or directory; pairs: one of TASKS, a .jsonl
-    noise: str | None = None   # one of NOISES: a BART restores a text that this was done to, in place of learning pairs
+    noise: str | None = None   # one of NOISES: a BART restores a text that this was done to; None: it learns pairs
     tokenizer: str = "bpe"     # byte, char, bpe or gpt2
     vocab_size: int = 1024     # ids of a bpe, special ones included
     val_fraction: float = 0.1  # of a text, in characters, held out at its end
@@ -69,8 +69,8 @@ class DataConfig:
 def load_data(config, *, seq2seq, tokenizer=None):
     """The data that `config` names and its tokenizer, trained on the training part unless one is given.
 
-    Texts are for a GPT (seq2seq=False) and pairs for a BART, or, with config.noise, texts. A char vocabulary is that of
-    the whole text, held-out part included: a letter that occurs only there could not be encoded otherwise.
+    Texts are for a GPT (seq2seq=False) and pairs for a BART, or, with config.noise, texts. A char vocabulary is
+    that of the whole text, held-out part included: a letter that occurs only there could not be encoded otherwise.
     """
     config.validate()
     if tokenizer is not None and tokenizer.seq2seq != seq2seq:
