@@ -191,7 +191,6 @@ class Buffers:
         self.at.copy_(torch.tensor([[len(row) - 1] for row in rows]))
         self.ids.scatter_(1, self.at, torch.tensor([row[-1:] for row in rows]).to(self.ids.device))
 
-
     def found(self, rows, which, times):
         """What stands behind these texts, so many ids each, or as many as there was room for."""
         begin = torch.tensor([[len(row)] for row in rows], device=self.ids.device)
