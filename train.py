@@ -166,7 +166,7 @@ def evaluate(model, batches, device, autocast, loss_sum=loss_sum):
 def sample(model, data, tokenizer):
     """What the model makes of the first held-out text: it goes on after a few tokens, or answers the source. Greedy."""
     (first, *_), _ = next(data.val_batches(batch_size=1, block_size=model.config.block_size))
-    given = first[0].tolist() if model.config.is_encoder_decoder else first[0, : GIVEN].tolist()
+    given = first[0].tolist() if model.config.is_encoder_decoder else first[0, :GIVEN].tolist()
     room = model.config.block_size - model.config.starts(len(given))
     [new] = generate(model, [given], min(WRITTEN, room))
     return f"{tokenizer.decode(given)!r} -> {tokenizer.decode(new)!r}"

@@ -222,14 +222,15 @@ class Decoding:
     """A step(rows, which) as generate.py's. The first takes Buffers, which are given back where they are recorded."""
 
     def __init__(self, model, sources, B, room, choose):
-        self.model, self.B, self.choose, self.most, self.held = model, B, choose, room, None
+        self.model, self.B, self.choose, self.held = model, B, choose, None
+        self.most = self.room = room
         self.steps = steps(model)  # where there is no compiler, nothing is computed first
         self.memory, cuda = project(model, *encode(model, sources)), model.wte.weight.is_cuda
         # where asking the host is what takes time, the step itself finds the most likely id for who wants no more
         self.inside = (cuda and type(choose) is Chooser
                        and not (choose.watch or choose.rules or choose.choice.temperature))
-        self.room = bucket(room, model.config.block_size) if cuda else room
         if cuda:
+            self.room = bucket(room, model.config.block_size)
             self.memory = self.memory and padded(self.memory, bucket(self.memory.key_pos.size(-1),
                                                                      model.config.block_size))
 

@@ -21,7 +21,7 @@ import torch
 from further.compiled import Steps, greedy
 from further.kernels import Step
 from further.quantize import quantize
-from generate import encode, project
+from generate import advance, encode, project
 from plumbing.models import random_model
 from plumbing.utils import DTYPES, captured
 
@@ -58,8 +58,7 @@ class Text:
         self.ids[:, : self.start] = begun.to("cuda")
         self.at = torch.zeros(rows, 1, dtype=torch.long, device="cuda")
         self.cache = model.new_cache(rows, self.length)
-        source = {} if self.memory is None else {"memory": self.memory}
-        model.features(self.ids[:, : self.start], cache=self.cache, start_pos=0, **source)
+        advance(model, begun.tolist(), self.cache, self.memory)
         self.begin()
 
     def begin(self):

@@ -101,5 +101,5 @@ def table(r):
 
 def dry_run(args):
     """What train.py's arguments would take, as text, after a few steps of it."""
-    train.read(args)  # said first, if they are not
-    return table(measure(Namespace(random=args[0], overrides=args[1:], repeats=5)))
+    config, *overrides = args or ["--"]  # which is no configuration, as will be said
+    return table(measure(Namespace(random=config, overrides=overrides, repeats=5)))
