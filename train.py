@@ -39,6 +39,7 @@ from plumbing import config as configs
 from plumbing import ranks
 from plumbing.data import IGNORE, DataConfig, load_data
 from plumbing.models import PRESETS, check_memory, model_class, read_model_config
+from plumbing.muon import Muon
 from plumbing.runs import Run
 from plumbing.utils import set_seed
 
@@ -119,8 +120,8 @@ def make_optimizers(model, config):
     fused = config.device.startswith("cuda") or None  # elsewhere as torch sees fit
     optimizers = [torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2), fused=fused)]
     if inner:  # its updates rescaled to the size of AdamW's, so that one learning rate serves both
-        optimizers.append(torch.optim.Muon([trained[name] for name in inner], lr=config.lr, momentum=0.9,
-                                           weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"))
+        optimizers.append(Muon([trained[name] for name in inner], lr=config.lr, momentum=0.9,
+                               weight_decay=config.weight_decay))
     return optimizers
 
 

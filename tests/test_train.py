@@ -19,6 +19,7 @@ from conftest import BART_TOML, GPT_TOML, TEXT, call, finish, shell, train_run
 import generate
 import train
 from model import BART, GPT
+from plumbing import muon
 from plumbing.checkpoints import load_checkpoint
 from plumbing.data import IGNORE, DataConfig, load_data
 from plumbing.errors import NonFiniteError
@@ -113,6 +114,38 @@ def test_weight_decay_is_on_matrices_only_and_every_parameter_is_in_one_group(op
             names = {p: name for name, p in model.named_parameters()}
             inner = {names[p] for p in optimizers[1].param_groups[0]["params"]}
             assert inner and all("." in name and not re.search("wte|wpe|lm_head", name) for name in inner)
+
+
+@pytest.mark.parametrize("shape", [(12, 40), (40, 12), (16, 16)])
+def test_orthogonalising_keeps_the_singular_vectors_and_maps_the_singular_values(shape):
+    x = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    left, s, right = torch.linalg.svd(x, full_matrices=False)
+    s = s / x.norm()
+    for _ in range(5):
+        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    assert 0.5 < s.min() and s.max() < 1.25
+    assert (muon.orthogonal(x, (3.4445, -4.7750, 2.0315), 5) - left * s @ right).abs().max() < 1e-10
+
+
+def test_muon_takes_torchs_steps_in_its_own_precision_and_keeps_its_state():
+    """torch's orthogonalises in bfloat16, whose rounding, 2**-8, is all that lies between the two."""
+    weights = [torch.randn(16, 24), torch.randn(24, 8)]
+    ours, theirs = ([torch.nn.Parameter(w.clone()) for w in weights] for _ in range(2))
+    settings = dict(lr=0.02, momentum=0.9, weight_decay=0.1)
+    optimizer, oracle = muon.Muon(ours, **settings), torch.optim.Muon(theirs, adjust_lr_fn="match_rms_adamw", **settings)
+    for _ in range(4):
+        for p, q in zip(ours, theirs):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        before = [p.detach().clone() for p in ours]
+        optimizer.step(), oracle.step()
+        for p, q, was in zip(ours, theirs, before):
+            assert (p - q).norm() < 0.02 * (p - was).norm()
+            q.data.copy_(p.data)  # one step's rounding at a time
+        for p, q in zip(ours, theirs):
+            assert torch.equal(optimizer.state[p]["momentum_buffer"], oracle.state[q]["momentum_buffer"])
+    optimizer.load_state_dict(oracle.state_dict())  # of checkpoints that are there already
+    assert optimizer.state_dict()["state"].keys() == oracle.state_dict()["state"].keys()
 
 
 def test_the_learning_rate_warms_up_and_then_follows_half_a_cosine():

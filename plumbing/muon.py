@@ -1,0 +1,39 @@
+"""
+Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) that is as quick on a CPU as on a GPU.
+
+torch's own multiplies in bfloat16, which most processors emulate at a fiftieth of their speed in float32: on one with
+AVX2 alone that was 0.98 s of a step's 1.37.
+"""
+
+import torch
+
+
+class Muon(torch.optim.Muon):
+    """torch's Muon, its settings and its state, that orthogonalises in bfloat16 on a GPU only and else in float32."""
+
+    @torch.no_grad()
+    def step(self, closure=None):  # which torch passes and nobody has
+        for group in self.param_groups:
+            for p in group["params"]:
+                momentum = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                momentum.lerp_(p.grad, 1 - group["momentum"])
+                ahead = p.grad.lerp(momentum, group["momentum"])  # Nesterov's
+                direction = orthogonal(ahead.bfloat16() if p.is_cuda else ahead, group["ns_coefficients"],
+                                       group["ns_steps"])
+                rms = 0.2 * max(p.shape)**0.5  # makes the root mean square of an update 0.2, about that of AdamW's
+                p.mul_(1 - group["lr"] * group["weight_decay"]).add_(direction, alpha=-group["lr"] * rms)
+
+
+def orthogonal(x, coefficients, steps):
+    """
+    A matrix (N, M) with the singular vectors of x and singular values near one, most between 0.7 and 1.2. By
+    Newton-Schulz iteration, products of matrices without a decomposition: a step maps every singular value s to
+    as + bs^3 + cs^5, and five bring most of those in (0, 1] close to one.
+    """
+    a, b, c = coefficients
+    wide = x.shape[0] <= x.shape[1]  # the smaller product x x^T
+    x = (x if wide else x.T) / x.norm().clamp(min=1e-7)  # no singular value is above one
+    for _ in range(steps):
+        square = x @ x.T
+        x = torch.addmm(x, torch.addmm(square, square, square, beta=b, alpha=c), x, beta=a)
+    return x if wide else x.T
