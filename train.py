@@ -41,7 +41,7 @@ from plumbing.data import IGNORE, DataConfig, load_data
 from plumbing.models import PRESETS, check_memory, model_class, read_model_config
 from plumbing.muon import Muon
 from plumbing.runs import Run
-from plumbing.utils import set_seed
+from plumbing.utils import DTYPES, set_seed
 
 GIVEN, WRITTEN = 8, 64  # tokens of a sample
 
@@ -67,6 +67,7 @@ class TrainConfig:
     device: str = "auto"
     dtype: str = "auto"         # of autocast: auto (bfloat16 on CUDA, else float32), float32, bfloat16
     compile: bool = False       # torch.compile the model: worth its wait on a GPU
+    shard: bool = False         # each of torchrun's ranks keeps a part of the model, for one that does not fit a GPU
     resume: bool = False        # continue the run that is in out_dir
 
     def validate(self):
@@ -112,8 +113,8 @@ def make_optimizers(model, config):
     et al. 2024) for the matrices inside the layers, and AdamW for the rest: embeddings, head, vectors.
     """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    inner = {name for name, p in trained.items() if config.optimizer == "muon" and p.dim() == 2
-             and not name.endswith(("wte.weight", "wpe.weight", "lm_head.weight"))}
+    inner = [name for name, p in trained.items() if config.optimizer == "muon" and p.dim() == 2
+             and not name.endswith(("wte.weight", "wpe.weight", "lm_head.weight"))]  # in the same order on all ranks
     matrices = [p for name, p in trained.items() if p.dim() >= 2 and name not in inner]
     vectors = [p for p in trained.values() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
@@ -151,10 +152,10 @@ def evaluate(model, batches, device, autocast, loss_sum=loss_sum):
     total = tokens = exact = rows = 0
     for batch in batches:
         inputs, labels = to(device, batch)
-        if not len(labels):  # the last batch may have fewer rows than there are ranks
-            continue
         with autocast:
             loss, logits = loss_sum(model, inputs, labels)
+        if ranks.rank() >= len(batch[1]):  # the last batch has fewer rows than there are ranks: it computed for company
+            continue
         total, tokens = total + loss.item(), tokens + (labels != IGNORE).sum().item()
         right = (logits.argmax(-1) == labels) | (labels == IGNORE)  # (B, T)
         exact, rows = exact + right.all(1).sum().item(), rows + len(labels)
@@ -187,7 +188,7 @@ def update(model, optimizers, batches, config, autocast, loss_sum=loss_sum):
             part.backward()
         loss += part.detach()
     loss = ranks.mean(loss)
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+    norm = ranks.whole(torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip))
     loss, norm, count = loss.item(), norm.item(), count.item()  # all here: later they would wait for the step as well
     if not math.isfinite(loss + norm):  # looked at before the step, so that the weights are still the good ones
         raise NonFiniteError(f"the loss is {loss:.4g} and its gradient's norm {norm:.4g}")
@@ -223,10 +224,12 @@ def set_up(model_values, data_config, config):
     cls = model_class(model_values)
     data, this_run.tokenizer = load_data(data_config, seq2seq=cls is BART, tokenizer=this_run.tokenizer)
     model_config = read_model_config(model_values, this_run.tokenizer)
-    check_memory("training this model", model_config, 16, config.device)  # a weight, its gradient, AdamW's two averages
+    each = 16 / ranks.world() if config.shard else 16  # bytes: a weight, its gradient, AdamW's two averages
+    check_memory("training this model", model_config, each, config.device)
     shape = {"batch_size": config.batch_size, "block_size": model_config.block_size}
     data.batch_at(0, **shape), next(data.val_batches(**shape))  # a text that does not fit is found out before we write
-    model = cls(model_config).to(config.device)
+    model = cls(model_config)
+    model = ranks.sharded(model, config.device, DTYPES[config.dtype]) if config.shard else model.to(config.device)
     optimizers = make_optimizers(model, config)
     this_run.restore(model, optimizers, {"model": asdict(model.config), "data": asdict(data_config),
                                          "text": data.identity, "train": asdict(config)})
@@ -266,7 +269,9 @@ def loop(this_run, data, model, optimizers, config):
             elif this_run.stop:
                 this_run.save(step, model, optimizers)
             if config.sample_every and step % config.sample_every == 0:
-                tqdm.write(f"step {step}: {sample(model, data, this_run.tokenizer)}")
+                with ranks.at_hand(model), autocast:
+                    text = sample(model, data, this_run.tokenizer)
+                tqdm.write(f"step {step}: {text}")
 
 
 def read(args):

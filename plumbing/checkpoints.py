@@ -18,10 +18,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from plumbing import ranks
 from plumbing.errors import UserError
 from plumbing.files import read_json, write_json
 from plumbing.manifests import MANIFEST, checkpoints, describe, newest
-from plumbing.weights import load_model, save_pretrained
+from plumbing.weights import Uninitialised, load_model, save_pretrained
 
 
 @dataclass
@@ -57,8 +58,9 @@ class Checkpoint:
 def load_weights(model, path):
     """The weights of a model's directory into this live model. Raises UserError if they are of other shapes."""
     saved = load_model(path)
+    live = model.state_dict()
     try:
-        model.load_state_dict(saved.state_dict())
+        model.load_state_dict({name: ranks.part(x, live.get(name, x)) for name, x in saved.state_dict().items()})
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:160]
         raise UserError(f"{path} is of another model than this one ({reason}); use its config") from None
@@ -68,9 +70,16 @@ def save_checkpoint(run_dir, step, model, tokenizer, optimizers, extra, keep=2):
     """
     Save a run at `step` and return the folder. `extra` is a dict for JSON; its "val_loss", if there is one, says which
     checkpoint is the best. Of this and earlier steps, the last `keep` and the best stay; the others go once this one is
-    in place. Raises UserError if it cannot be written; what was there before then still is.
+    in place. Raises UserError if it cannot be written; what was there before then still is. Of several ranks, all must
+    call, since each may hold a part, and the first writes.
     """
-    run_dir = Path(run_dir)
+    return write_checkpoint(Path(run_dir), step, whole(model), tokenizer, [pack(model, each) for each in optimizers],
+                            extra, keep)
+
+
+@ranks.first
+def write_checkpoint(run_dir, step, model, tokenizer, optimizers, extra, keep):
+    """What save_checkpoint() does once everything is in one place. optimizers: packed."""
     final = run_dir / f"step-{step:08d}"
     temporary = run_dir / f".tmp-{step:08d}"
     try:
@@ -81,8 +90,7 @@ def save_checkpoint(run_dir, step, model, tokenizer, optimizers, extra, keep=2):
         tensors, groups = {"rng.cpu": torch.get_rng_state()}, []
         if torch.cuda.is_initialized():
             tensors |= {f"rng.cuda.{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
-        for i, optimizer in enumerate(optimizers):
-            state, options = pack(model, optimizer)
+        for i, (state, options) in enumerate(optimizers):
             tensors |= {f"optimizer.{i}.{name}": x for name, x in state.items()}
             groups.append(options)
         save_file(tensors, temporary / "training.safetensors")
@@ -100,6 +108,21 @@ def save_checkpoint(run_dir, step, model, tokenizer, optimizers, extra, keep=2):
         raise UserError(f"cannot save step {step} in {run_dir}: {error}; earlier ones are as they were") from None
     prune(run_dir, step, keep)
     return final
+
+
+def whole(model):
+    """On rank 0, a sharded model in one piece on the CPU, of the class that it was of before; any other as it is."""
+    if not ranks.is_sharded(model):
+        return model
+    state = model.state_dict(keep_vars=True)
+    found = {x: ranks.gathered(x) for x in dict.fromkeys(state.values())}  # tied ones once
+    if ranks.rank():
+        return model
+    found = {x: torch.nn.Parameter(full) if isinstance(x, torch.nn.Parameter) else full for x, full in found.items()}
+    with torch.device("meta"), Uninitialised():
+        model = type(model)(model.config)  # a class of fully_shard's, whose new objects are of the one it was made from
+    model.load_state_dict({name: found[x] for name, x in state.items()}, assign=True)
+    return model
 
 
 def fsync(path):
@@ -166,7 +189,7 @@ def pack(model, optimizer):
     if new:  # torch has made it take a step of zeros to see what its state will be
         optimizer.state.clear()
         named["state"] = {}
-    tensors = {f"{name}:{key}": x.cpu().contiguous() for name, of_one in named["state"].items()
+    tensors = {f"{name}:{key}": ranks.gathered(x) for name, of_one in named["state"].items()
                for key, x in of_one.items()}
     return tensors, [{"params": group.pop("params"), "options": group} for group in named["param_groups"]]
 
@@ -177,7 +200,8 @@ def unpack(model, optimizer, groups, tensors):
     params, state = dict(model.named_parameters()), {}
     for name, x in tensors.items():
         name, key = name.split(":")
-        like = torch.empty_like(params[name], dtype=x.dtype, device="cpu") if x.ndim else x.clone()
+        x = ranks.part(x, params[name])
+        like = torch.empty_like(params[name], dtype=x.dtype) if x.ndim else x.clone()
         state.setdefault(name, {})[key] = like.copy_(x)  # in memory of its own, laid out as the parameter
     groups = [{"params": group["params"]} | {key: tuple(value) if isinstance(value, list) else value  # as JSON has it
               for key, value in group["options"].items()} for group in groups]

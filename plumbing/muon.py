@@ -7,6 +7,8 @@ AVX2 alone that was 0.98 s of a step's 1.37.
 
 import torch
 
+from plumbing import ranks
+
 
 class Muon(torch.optim.Muon):
     """torch's Muon, its settings and its state, that orthogonalises in bfloat16 on a GPU only and else in float32."""
@@ -18,10 +20,11 @@ class Muon(torch.optim.Muon):
                 momentum = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
                 momentum.lerp_(p.grad, 1 - group["momentum"])
                 ahead = p.grad.lerp(momentum, group["momentum"])  # Nesterov's
+                ahead = ranks.whole(ahead)  # of a sharded matrix this rank has some rows only, as of its update
                 direction = orthogonal(ahead.bfloat16() if p.is_cuda else ahead, group["ns_coefficients"],
                                        group["ns_steps"])
                 rms = 0.2 * max(p.shape)**0.5  # makes the root mean square of an update 0.2, about that of AdamW's
-                p.mul_(1 - group["lr"] * group["weight_decay"]).add_(direction, alpha=-group["lr"] * rms)
+                p.mul_(1 - group["lr"] * group["weight_decay"]).add_(ranks.part(direction, p), alpha=-group["lr"] * rms)
 
 
 def orthogonal(x, coefficients, steps):

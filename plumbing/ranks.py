@@ -7,6 +7,7 @@ Sums of numbers go from CPU to CPU (gloo); gradients, and what else is on a GPU,
 """
 
 import os
+import re
 import signal
 import sys
 import time
@@ -80,18 +81,84 @@ def device(name):
 
 
 def share(x):
-    """This rank's rows of x (B, ...): as many as the others', or one less."""
-    return x.tensor_split(world())[rank()]
+    """This rank's rows of x (B, ...): as many as the others', or one less; of fewer rows than ranks, one at least."""
+    return x.tensor_split(world())[rank() % len(x)]
 
 
 def replicated(model):
-    """The model, its gradients the mean over ranks of what each has computed."""
-    return DistributedDataParallel(model) if world() > 1 else model
+    """The model, its gradients the mean over ranks of what each has computed: DDP, unless it is sharded."""
+    return DistributedDataParallel(model) if world() > 1 and not is_sharded(model) else model
 
 
 def keeping(model, more):
-    """Inside, with more micro-batches to come, gradients of a replicated model stay on their rank."""
-    return model.no_sync() if more and world() > 1 else nullcontext()
+    """
+    Inside, with more micro-batches to come, gradients of a replicated model stay on their rank. Those of a sharded one
+    are dealt out each time: kept, they would be as large as the whole model.
+    """
+    return model.no_sync() if more and hasattr(model, "no_sync") else nullcontext()
+
+
+# -----------------------------------------------------------------------------
+# Sharding, by torch's FSDP2 (fully_shard; Zhao et al. 2023): each rank holds its rows of every parameter, as a DTensor,
+# and so of its gradient and of what optimizers keep for it. A layer is gathered while it computes. Torch's functions are
+# imported where they are used because that takes a second.
+
+
+def sharded(model, device, dtype):
+    """
+    The model on the device, of whose parameters this rank holds its rows only; of one rank, all. Layers are gathered
+    one by one, and what is called from outside its layer, BART's c_kv, by itself. dtype: of autocast. On a GPU layers
+    are gathered in it: autocast would make, and keep for the backward pass, such a copy of each whole matrix.
+    """
+    if world() == 1:
+        return model.to(device)
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    mesh = init_device_mesh(device.split(":")[0], (world(),))
+    policy = MixedPrecisionPolicy(dtype if device.startswith("cuda") else None, torch.float32, cast_forward_inputs=False)
+    layers = [module for name, module in model.named_modules() if re.search(r"\.(\d+|c_kv)$", name)]
+    for layer in reversed(layers):  # the inner ones first
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    return fully_shard(model, mesh=mesh, reshard_after_forward=True)
+
+
+def is_sharded(model):
+    return hasattr(model, "unshard")
+
+
+@contextmanager
+def at_hand(model):
+    """Inside, parts of a sharded model can be called without it: what is in no layer is gathered and stays so."""
+    if is_sharded(model):
+        model.unshard()
+    yield
+    if is_sharded(model):
+        model.reshard()
+
+
+def whole(x):
+    """A tensor, of which each rank may hold its rows only: all of it."""
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
+
+
+def gathered(x):
+    """The same on the CPU of rank 0, for the disk; on other ranks, which must ask as well, None."""
+    x = whole(x.detach())
+    return None if rank() else x.cpu().contiguous()
+
+
+@torch.no_grad()
+def part(x, like):
+    """Of a whole tensor x, what this rank holds of a parameter or so that is like it: its rows, or x."""
+    if not hasattr(like, "to_local") or x.shape != like.shape:
+        return x
+    out = torch.empty_like(like, dtype=x.dtype)
+    mine, n = out.to_local(), -(-len(x) // world())  # the last ranks may have fewer than n rows, or none
+    mine.copy_(x[rank() * n :][: len(mine)])
+    return out
+
+
+# -----------------------------------------------------------------------------
 
 
 def mean(x):

@@ -113,9 +113,8 @@ class Run:
         with open(self.out / "log.jsonl", "a") as file:
             file.write(json.dumps({"step": step} | numbers) + "\n")
 
-    @ranks.first
     def save(self, step, model, optimizers, val_loss=None):
-        """Save a checkpoint and only then say so."""
+        """Save a checkpoint and only then say so. All ranks must call: each may hold a part."""
         self.val_loss = val_loss
         extra = self.described | {"val_loss": val_loss}
         path = save_checkpoint(self.out, step, model, self.tokenizer, optimizers, extra)
