@@ -11,11 +11,13 @@ import re
 import signal
 import sys
 import time
+import warnings
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from functools import wraps
 
 import torch
 from torch import distributed as dist
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from plumbing.errors import UserError
@@ -37,12 +39,15 @@ def rank():
 def joined():
     """
     Inside, the processes that torchrun started are ranks of one run, of which rank 0 alone is heard. What goes wrong on
-    all of them is said once, by rank 0; what does on another alone, by that one, later.
+    all of them is said once, by rank 0; what does on another alone, by that one, later; that a rank has gone without a
+    word, by those that are left.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield
         return
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    store, number, n = next(rendezvous("env://"))
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=store, rank=number, world_size=n)
     try:
         with open(os.devnull, "w") as nowhere:
             with redirect_stdout(nowhere if rank() else sys.stdout), redirect_stderr(nowhere if rank() else sys.stderr):
@@ -52,13 +57,20 @@ def joined():
             sys.exit(130)
         raise
     except Exception as error:
-        if rank():
-            time.sleep(PATIENCE)
-        if isinstance(error, dist.DistError) or type(error) is RuntimeError and "gloo" in str(error):  # gloo has no own
+        gone = isinstance(error, dist.DistError) or type(error) is RuntimeError and "gloo" in str(error)
+        if gone:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, which may come before the line is out
-            raise ConnectionError("another rank has gone, see torchrun's report: --train.resume=true continues from "
-                                  "the last checkpoint") from None
-        raise
+            if rank() and store.check(["said"]):
+                sys.exit(1)
+            if rank():
+                print(file=sys.stderr)  # what rank 0 was writing, as a bar, may lack its end
+            error = ConnectionError("another rank has gone, see torchrun's report: --train.resume=true continues from "
+                                    "the last checkpoint")
+        elif rank():
+            time.sleep(PATIENCE)
+        if not rank():
+            store.set("said", "")
+        raise error from None
     dist.destroy_process_group()  # not after an error: others would find us gone before we have said why
 
 
@@ -99,9 +111,9 @@ def keeping(model, more):
 
 
 # -----------------------------------------------------------------------------
-# Sharding, by torch's FSDP2 (fully_shard; Zhao et al. 2023): each rank holds its rows of every parameter, as a DTensor,
-# and so of its gradient and of what optimizers keep for it. A layer is gathered while it computes. Torch's functions are
-# imported where they are used because that takes a second.
+# Sharding, by torch's FSDP2 (fully_shard; Zhao et al. 2023): each rank holds its rows of every parameter as a DTensor,
+# and so of its gradient and of what optimizers keep for it. A layer is gathered while it computes. Torch's functions
+# are imported where they are used because that takes a second.
 
 
 def sharded(model, device, dtype):
@@ -115,7 +127,9 @@ def sharded(model, device, dtype):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     mesh = init_device_mesh(device.split(":")[0], (world(),))
-    policy = MixedPrecisionPolicy(dtype if device.startswith("cuda") else None, torch.float32, cast_forward_inputs=False)
+    gathered_as = dtype if device.startswith("cuda") else None
+    policy = MixedPrecisionPolicy(gathered_as, torch.float32, cast_forward_inputs=False)
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # of views that we do not write to
     layers = [module for name, module in model.named_modules() if re.search(r"\.(\d+|c_kv)$", name)]
     for layer in reversed(layers):  # the inner ones first
         fully_shard(layer, mesh=mesh, mp_policy=policy)

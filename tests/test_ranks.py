@@ -1,5 +1,6 @@
 """Several ranks are one training: the losses, the checkpoints and the end of the run are those of one process."""
 
+import json
 import os
 import re
 import subprocess
@@ -7,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from conftest import BART_TOML, GPT_TOML, ROOT, TEXT, Outcome, call, train_run
+from conftest import BART_TOML, GPT_TOML, ROOT, TEXT, Outcome, call
 from test_train import log
 
 import train
@@ -19,23 +20,33 @@ from plumbing.weights import load_pretrained
 
 TOML = {"gpt": GPT_TOML, "bart": BART_TOML}
 # a constant learning rate, which does not know how many steps there will be, and gradients that are clipped
-STEADY = ["--train.log_every=1", "--train.eval_every=3", "--train.accumulation=2", "--train.optimizer=adamw",
-          "--train.lr=1e-3", "--train.min_lr=1e-3", "--train.warmup_steps=0", "--train.grad_clip=0.1"]
-PATCHED = """
-import os, signal, sys
+STEADY = ["--train.log_every=1", "--train.eval_every=2", "--train.accumulation=2", "--train.lr=1e-3",
+          "--train.min_lr=1e-3", "--train.warmup_steps=0", "--train.grad_clip=0.1"]
+SHARD = "--train.shard=true"
+PROGRAM = """
+import json, os, signal, sys
+from contextlib import nullcontext
 import torch
 import train
+from plumbing import checkpoints, ranks
 
 update, rank, calls = train.update, int(os.environ["RANK"]), []
 
-def patched(model, optimizers, batches, *args):
+def patched(model, optimizers, batches, config, *args):
     calls.append(1)
     {what}
-    return update(model, optimizers, batches, *args)
+    return update(model, optimizers, batches, config, *args)
+
+def main():
+    with ranks.joined():
+        ranks.joined = nullcontext
+        for args in json.loads(sys.argv[1]):
+            calls.clear()
+            train.main(args)
 
 if __name__ == "__main__":
     train.update = patched
-    train.run(train.main)
+    train.run(main)
 """
 
 
@@ -52,25 +63,24 @@ def torchrun(program, *args):
     return Outcome(process.returncode, out.decode(), err.decode())
 
 
-def written(folder, kind, what=None):
-    """A run's command, without python: train.py, or a program whose update() does `what` before, and a config."""
+def command(folder, kind, *settings):
+    """The arguments of a run of train.py, for which config and text are written."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.toml").write_text(TOML[kind].replace("{source}", str(folder.parent / "text.txt")))
-    (folder.parent / "text.txt").write_text(TEXT)
-    if what is None:
-        return [ROOT / "train.py", folder / "config.toml", f"--train.out_dir={folder / 'out'}"]
-    (folder / "patched.py").write_text(PATCHED.replace("{what}", what))
-    return [folder / "patched.py", folder / "config.toml", f"--train.out_dir={folder / 'out'}"]
+    (folder / "config.toml").write_text(TOML[kind].replace("{source}", str(folder / "text.txt")))
+    (folder / "text.txt").write_text(TEXT)
+    return [str(folder / "config.toml"), f"--train.out_dir={folder / 'out'}", *settings]
 
 
 def alone(folder, kind, *settings):
-    outcome = call(train.main, *written(folder, kind)[1:], *settings)
+    outcome = call(train.main, *command(folder, kind, *settings))
     assert outcome.code == 0, outcome
     return outcome
 
 
-def together(folder, kind, *settings, what=None):
-    return torchrun(*written(folder, kind, what), *settings)
+def together(folder, *commands, what="pass"):
+    """The Outcome of two ranks that do run after run, and `what` before each update. To start them takes seconds."""
+    (folder / "program.py").write_text(PROGRAM.replace("{what}", what))
+    return torchrun(folder / "program.py", json.dumps(commands))
 
 
 def said(outcome, what):
@@ -79,48 +89,81 @@ def said(outcome, what):
 
 def assert_same_run(out, expected):
     ours, theirs = log(out), log(expected)
-    assert [line.keys() for line in ours] == [line.keys() for line in theirs] and len(ours) == 8
+    assert [line.keys() for line in ours] == [line.keys() for line in theirs] and len(ours) == 9
     for one, other in zip(ours, theirs):
         for key in one.keys() - {"tokens_per_second"}:
-            assert one[key] == pytest.approx(other[key], rel=1e-6, abs=1e-6), (one["step"], key)
+            assert one[key] == pytest.approx(other[key], rel=1e-6, abs=1e-6), (out, one["step"], key)
     one, other = (load_pretrained(path)[0].state_dict() for path in (out, expected))
     assert one.keys() == other.keys()
     for name, x in one.items():
-        assert (x - other[name]).abs().max() <= 1e-4, name  # a tenth of the steps' lr
+        assert (x - other[name]).abs().max() <= 1e-4, (out, name)  # a tenth of the steps' lr
 
 
-@pytest.mark.parametrize("kind, first", [("gpt", alone), ("gpt", together), ("bart", together)])
-def test_two_ranks_do_the_run_of_one_process_and_each_resumes_what_the_other_saved(kind, first, tmp_path):
-    """Steps 1 to 3 on one and 4 to 6 on the other; pairs are ragged, and their last held-out batch is of one row."""
-    settings = [*STEADY, "--data.n_val=65", "--train.eval_batches=3"]
-    alone(tmp_path / "whole", kind, *settings, "--train.steps=6")
-    for steps, run in ((3, first), (6, together if first is alone else alone)):
-        outcome = run(tmp_path / "parts", kind, *settings, f"--train.steps={steps}", "--train.resume=true")
-        assert outcome.code == 0 and outcome.out.count("parameters") == outcome.out.count("saved") == 1, outcome
-        assert outcome.out.count("\n") == 2 and (tmp_path / "parts" / "out" / "loss.png").exists()
-    assert_same_run(tmp_path / "parts" / "out", tmp_path / "whole" / "out")
+def test_two_ranks_do_the_run_of_one_process_and_any_number_resumes_what_another_saved(tmp_path):
+    """
+    Two steps on two ranks, two on one, two on two; of those on two, the first or the last are sharded. Pairs are
+    ragged, and their last held-out batch is of one row. The whole runs are DDP's and one process's.
+    """
+    runs = [(tmp_path / f"{kind}-{optimizer}", kind, [*STEADY, f"--train.optimizer={optimizer}", "--data.n_val=65",
+             "--train.eval_batches=3"], how) for kind, optimizer, how in [
+                 ("gpt", "muon", (SHARD, SHARD, "")), ("gpt", "adamw", ("", "", SHARD)),
+                 ("bart", "adamw", (SHARD, SHARD, "")), ("bart", "muon", ("", "", SHARD))]]
+    for part, steps in enumerate((2, 4, 6)):
+        now = f"--train.steps={steps}", "--train.resume=true"
+        commands = [command(folder, kind, *settings, *now, *how[part].split())
+                    for folder, kind, settings, how in runs]
+        outcome = call(lambda _: [*map(train.main, commands)]) if part == 1 else together(tmp_path, *commands)
+        assert outcome.code == 0 and outcome.out.count("parameters") == outcome.out.count("saved") == 4, outcome
+        assert outcome.out.count("\n") == 8
+    for folder, kind, settings, _ in runs:
+        whole = folder.with_name(f"{folder.name}-whole")
+        alone(whole, kind, *settings, "--train.steps=6")
+        assert_same_run(folder / "out", whole / "out")
+        assert (folder / "out" / "loss.png").exists()
 
 
 WITNESS = """
-    torch.save({"weights": {name.removeprefix("module."): p.detach().clone() for name, p in model.named_parameters()},
+    weights = {name.removeprefix("module."): p.detach() for name, p in model.named_parameters()}
+    kept = [x for optimizer in optimizers for state in optimizer.state.values() for x in state.values() if x.ndim]
+    train.loss_sum(model, *batches[0])[0].backward()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    held = [sum(getattr(x, "_local_tensor", x).numel() for x in each) for each in (weights.values(), kept, gradients)]
+    model.zero_grad()
+    torch.save({"weights": {name: ranks.whole(x).clone() for name, x in weights.items()}, "held": held,
                 "labels": [labels for _, labels in batches], "random": torch.get_rng_state()},
-               os.path.join(os.path.dirname(__file__), f"{rank}-{len(calls)}.pt"))
+               os.path.join(os.path.dirname(config.out_dir), f"{rank}-{len(calls)}.pt"))
 """
 
 
-def test_each_rank_has_its_rows_its_dropout_and_the_weights_of_all(tmp_path):
-    """With Muon, and the frozen bias of BART's head, for whose gradient nobody may wait."""
-    outcome = together(tmp_path / "run", "bart", "--train.steps=2", "--train.accumulation=2", what=WITNESS)
+def test_each_rank_has_its_rows_its_dropout_and_the_weights_of_all_or_half_of_everything(tmp_path):
+    """
+    With Muon, and the frozen bias of BART's head, for whose gradient nobody may wait. Sharded, each of two ranks holds
+    half of the numbers that make 16 bytes of a parameter, after a text was written with all of them, too.
+    """
+    settings = ["--train.steps=2", "--train.accumulation=2", "--train.sample_every=1"]
+    runs = [(tmp_path / "whole", "bart", ""), (tmp_path / "muon", "bart", SHARD),
+            (tmp_path / "adamw", "gpt", f"{SHARD} --train.optimizer=adamw")]
+    outcome = together(tmp_path, *(command(folder, kind, *settings, *more.split()) for folder, kind, more in runs),
+                       what=WITNESS)
     assert outcome.code == 0, outcome
+    samples = re.findall(r"step \d: (?!saved).*", outcome.out)
+    assert len(samples) == 6 and samples[:2] == samples[2:4]
     values = dict(source="reverse", tokenizer="char", min_length=1, max_length=5, n_train=3000, n_val=100)
     data, _ = load_data(DataConfig(**values), seq2seq=True)
     for step in (1, 2):
-        ours, theirs = (torch.load(tmp_path / "run" / f"{rank}-{step}.pt") for rank in (0, 1))
-        assert all(torch.equal(x, theirs["weights"][name]) for name, x in ours["weights"].items())
-        assert not torch.equal(ours["random"], theirs["random"])
-        for i, rows in enumerate(zip(ours["labels"], theirs["labels"], strict=True)):
-            whole = data.batch_at(2 * (step - 1) + i, batch_size=32, block_size=12)[1]
-            assert [len(labels) for labels in rows] == [16, 16] and torch.equal(torch.cat(rows), whole)
+        whole, muon, adamw = ([torch.load(folder / f"{rank}-{step}.pt") for rank in (0, 1)] for folder, *_ in runs)
+        for ours, theirs in (whole, muon, adamw):
+            assert all(torch.equal(x, theirs["weights"][name]) for name, x in ours["weights"].items())
+            assert not torch.equal(ours["random"], theirs["random"])
+        for ours, theirs in (whole, muon):
+            for i, rows in enumerate(zip(ours["labels"], theirs["labels"], strict=True)):
+                of_all = data.batch_at(2 * (step - 1) + i, batch_size=32, block_size=12)[1]
+                assert [len(labels) for labels in rows] == [16, 16] and torch.equal(torch.cat(rows), of_all)
+    n = sum(x.numel() for x in adamw[0]["weights"].values())
+    for parts, expected in ((muon, whole[0]["held"]), (adamw, [n, 2 * n, n])):
+        held = [part["held"] for part in parts]
+        assert [sum(each) for each in zip(*held)] == expected
+        assert all(0.49 * every <= each <= 0.51 * every for part in held for each, every in zip(part, expected))
 
 
 def test_rows_are_dealt_out_once_and_as_evenly_as_they_can(monkeypatch):
@@ -145,18 +188,18 @@ def test_a_rank_takes_a_gpu_of_its_own_and_one_for_all_is_refused(monkeypatch):
             ranks.device(name)
 
 
-def test_a_batch_that_ranks_cannot_share_is_refused_in_one_line_and_nothing_is_written(tmp_path):
-    outcome = together(tmp_path, "gpt", "--train.batch_size=7")
-    assert outcome.code != 0 and outcome.out == "" and not (tmp_path / "out").exists()
-    assert said(outcome, "error") == ["error: train.batch_size=7 must be a multiple of torchrun's 2 ranks, which share "
-                                      "it: change one of the two"]
-    assert re.search(r"rank +: 0 .*\n +exitcode +: 2 ", outcome.err), outcome.err  # torchrun's report; its own is 1
+def test_what_ranks_cannot_share_is_refused_in_one_line_and_nothing_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(ranks, "world", lambda: 2)
+    outcome = call(train.main, *command(tmp_path, "gpt", "--train.batch_size=7"))
+    assert outcome == (2, "", "error: train.batch_size=7 must be a multiple of torchrun's 2 ranks, which share it: "
+                              "change one of the two\n")
+    assert not (tmp_path / "out").exists()
 
 
-def test_a_control_c_on_one_rank_stops_all_after_the_same_step_and_saves(tmp_path):
+def test_a_control_c_on_one_rank_stops_all_after_the_same_step_and_saves_what_they_share(tmp_path):
     """A terminal sends it to all, and torchrun once more: a second one is no reason for haste."""
     what = "if rank == 1 and len(calls) == 2: signal.raise_signal(signal.SIGINT), signal.raise_signal(signal.SIGINT)"
-    outcome = together(tmp_path, "gpt", "--train.log_every=1", what=what)
+    outcome = together(tmp_path, command(tmp_path, "gpt", "--train.log_every=1", SHARD), what=what)
     assert said(outcome, "interrupted") == ["interrupted"] and "step 2: saved" in outcome.out, outcome
     assert load_checkpoint(tmp_path / "out").step == 2 and [line["step"] for line in log(tmp_path / "out")] == [1, 2]
     assert len(re.findall(r"exitcode +: (?:130|-15) ", outcome.err)) == 2 and "rank 1" not in outcome.err
@@ -164,7 +207,7 @@ def test_a_control_c_on_one_rank_stops_all_after_the_same_step_and_saves(tmp_pat
 
 def test_a_weight_that_is_no_number_on_one_rank_ends_all_and_leaves_the_checkpoint(tmp_path):
     what = "if rank == 1 and len(calls) == 4: torch.nn.init.constant_(next(model.parameters()), float('nan'))"
-    outcome = together(tmp_path, "gpt", "--train.eval_every=3", what=what)
+    outcome = together(tmp_path, command(tmp_path, "gpt", "--train.eval_every=3"), what=what)
     [line] = said(outcome, "stopped")
     good = tmp_path / "out" / "step-00000003"
     assert "the loss is nan" in line and f"at step 4; the last good checkpoint is {good}" in line
@@ -172,9 +215,13 @@ def test_a_weight_that_is_no_number_on_one_rank_ends_all_and_leaves_the_checkpoi
     assert load_checkpoint(tmp_path / "out").step == 3 and outcome.out.count("saved") == 1
 
 
-def test_a_rank_that_is_killed_ends_the_run_and_its_checkpoint_resumes(tmp_path):
-    outcome = together(tmp_path, "gpt", "--train.eval_every=3",
-                       what="if rank == 1 and len(calls) == 5: os.kill(os.getpid(), signal.SIGKILL)")
+@pytest.mark.parametrize("what, settings", [
+    ("if rank == 1 and len(calls) == 5: os.kill(os.getpid(), signal.SIGKILL)", []),
+    ("if rank == 0 and len(calls) == 6: checkpoints.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)", [SHARD]),
+])
+def test_a_rank_that_is_killed_ends_the_run_and_its_checkpoint_resumes(what, settings, tmp_path):
+    """One of those that have nothing to say, between two steps; and the one that writes, while it does."""
+    outcome = together(tmp_path, command(tmp_path, "gpt", "--train.eval_every=3", *settings), what=what)
     [line] = said(outcome, "error")
     assert "another rank has gone" in line and "--train.resume=true" in line and "SIGKILL" in outcome.err
     assert load_checkpoint(tmp_path / "out").step == 3
