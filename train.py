@@ -15,7 +15,8 @@ continues from the newest checkpoint, bit for bit on a CPU as if the run had nev
 never overwritten. --dry-run tries a few steps, says what all would take, and keeps nothing. --train.init_from=DIR
 begins a run with the weights and the tokenizer of a model instead of random ones: its matrices must have the shapes
 that [model] says. Under torchrun, processes with a GPU each, or parts of a CPU, share the rows of every batch and do
-the same run; what some of them saved, any number resumes.
+the same run, by DDP, or with --train.shard=true by FSDP2: then each holds its part of weights, gradients and averages.
+What some of them saved, any number resumes.
 """
 
 import math
@@ -67,7 +68,7 @@ class TrainConfig:
     device: str = "auto"
     dtype: str = "auto"         # of autocast: auto (bfloat16 on CUDA, else float32), float32, bfloat16
     compile: bool = False       # torch.compile the model: worth its wait on a GPU
-    shard: bool = False         # each of torchrun's ranks keeps a part of the model, for one that does not fit a GPU
+    shard: bool = False         # each of torchrun's ranks holds a part of the model, for one that does not fit a GPU
     resume: bool = False        # continue the run that is in out_dir
 
     def validate(self):
@@ -217,6 +218,10 @@ def settled(config):
     return replace(config, device=device, dtype=dtype)
 
 
+def autocast_of(config):
+    return torch.autocast(config.device.split(":")[0], torch.bfloat16, enabled=config.dtype == "bfloat16")
+
+
 def set_up(model_values, data_config, config):
     """The run, its data, its model and optimizers, new or as they were at the newest checkpoint."""
     this_run = Run(config.out_dir, config.resume, config.init_from)
@@ -244,7 +249,7 @@ def set_up(model_values, data_config, config):
 
 def loop(this_run, data, model, optimizers, config):
     """The steps that are left, with a look at the held-out data and a checkpoint every eval_every of them."""
-    autocast = torch.autocast(config.device.split(":")[0], torch.bfloat16, enabled=config.dtype == "bfloat16")
+    autocast = autocast_of(config)
     compute = torch.compile(loss_sum) if config.compile else loss_sum  # with the loss: its logits are what is large
     replica = ranks.replicated(model)
     shape = {"batch_size": config.batch_size, "block_size": model.config.block_size}

@@ -68,7 +68,8 @@ def measure(args):
         this_run, data, model, optimizers = train.set_up(model_values, data_config, config)
         this_run.log, this_run.save = log, lambda *args: None
         shape = dict(batch_size=config.batch_size, block_size=model.config.block_size)
-        flops = 3 * forward_flops(model, train.to(config.device, data.batch_at(0, **shape)))
+        with train.autocast_of(config):
+            flops = 3 * forward_flops(model, train.to(config.device, data.batch_at(0, **shape)))
         start = time.perf_counter()
         train.loop(this_run, data, model, optimizers, config)
     seconds = [after - before for before, after in zip([start, *times], times)]

@@ -6,9 +6,9 @@ Break the code on purpose, one bug at a time, and see that the tests notice.
     python tests/mutants.py 40          so many, which depends on this file alone
 
 A mutant is a mistake that somebody really made in some codebase. Each is a function below, which replaces functions of
-the project from outside, in a process of its own in which the tests of attention, model and generation must then fail.
-So moving a line, or renaming a variable, breaks no mutant, and one that no longer fits, so that it breaks in its own
-lines or not at all, is told as that. Exits with 1 if a mutant survives.
+the project from outside, in a process of its own, and in the ranks that this starts, in which the tests of attention,
+model, generation and ranks must then fail. So moving a line, or renaming a variable, breaks no mutant, and one that no
+longer fits, so that it breaks in its own lines or not at all, is told as that. Exits with 1 if a mutant survives.
 """
 
 import functools
@@ -27,7 +27,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 TESTS = ["tests/test_attention.py", "tests/test_schedules.py", "tests/test_model.py", "tests/test_generate.py",
          "tests/test_sampling.py", "tests/test_concat.py", "tests/test_sparse.py", "tests/test_gqa.py",
          "tests/test_quality.py", "tests/test_samples.py", "tests/test_session.py", "tests/test_serve.py",
-         "tests/test_beam.py", "tests/test_speculate.py", "tests/test_quantize.py", "tests/test_compiled.py"]
+         "tests/test_beam.py", "tests/test_speculate.py", "tests/test_quantize.py", "tests/test_compiled.py",
+         "tests/test_ranks.py"]
 MUTANTS = {}
 
 
@@ -1236,10 +1237,63 @@ def a_copy_multiplies_with_what_was_packed_before():
 
 
 # -----------------------------------------------------------------------------
+# Several ranks
 
 
-def pytest_configure(config):
-    """As a plugin of pytest, in the process of a mutant: put it in before any test is imported."""
+def ranks_module():
+    from plumbing import ranks
+    return ranks
+
+
+@mutant
+def gradients_of_ranks_never_meet():
+    @around(ranks_module(), "keeping")
+    def keeping(original, model, more):
+        return original(model, True)
+
+
+@mutant
+def the_norm_of_a_gradient_is_that_of_a_ranks_part():
+    @around(ranks_module(), "whole")
+    def whole(original, x):
+        return x.to_local() if x.dim() == 0 and hasattr(x, "to_local") else original(x)
+
+
+@mutant
+def rows_that_ranks_cannot_share_evenly_are_loaded_one_late():
+    ranks = ranks_module()
+
+    @around(ranks, "part")
+    def part(original, x, like):
+        uneven = hasattr(like, "to_local") and ranks.rank() and x.shape == like.shape and len(x) % ranks.world()
+        return original(x.roll(1, 0) if uneven else x, like)
+
+
+@mutant
+def what_was_gathered_to_write_a_text_stays():
+    @around(ranks_module(), "at_hand")
+    @contextmanager
+    def at_hand(original, model):
+        getattr(model, "unshard", int)()
+        yield
+
+
+@mutant
+def muon_orthogonalises_the_rows_of_each_rank():
+    from plumbing import muon
+    ranks = ranks_module()
+
+    @around(muon, "orthogonal")
+    def orthogonal(original, x, *settings):
+        import torch
+        return torch.cat([original(rows, *settings) for rows in x.tensor_split(ranks.world())])
+
+
+# -----------------------------------------------------------------------------
+
+
+def pytest_configure(config=None):
+    """As a plugin of pytest, in the process of a mutant, or in a rank: put it in before any test is imported."""
     MUTANTS[os.environ["MINDECODE_MUTANT"]]()
 
 

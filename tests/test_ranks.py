@@ -9,9 +9,10 @@ import sys
 import pytest
 import torch
 from conftest import BART_TOML, GPT_TOML, ROOT, TEXT, Outcome, call
-from test_train import log
+from test_train import log, small
 
 import train
+from model import BART
 from plumbing import ranks
 from plumbing.checkpoints import load_checkpoint
 from plumbing.data import DataConfig, load_data
@@ -26,6 +27,9 @@ SHARD = "--train.shard=true"
 PROGRAM = """
 import json, os, signal, sys
 from contextlib import nullcontext
+if "MINDECODE_MUTANT" in os.environ:
+    import mutants
+    mutants.pytest_configure()
 import torch
 import train
 from plumbing import checkpoints, ranks
@@ -54,7 +58,7 @@ def torchrun(program, *args):
     """The Outcome of a run of two ranks, on a port that is free."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     process = subprocess.Popen([*command, *map(str, [program, *args])], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               env=os.environ | {"PYTHONPATH": str(ROOT)})
+                               env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"})
     try:
         out, err = process.communicate(timeout=60)
     except subprocess.TimeoutExpired:
@@ -186,6 +190,23 @@ def test_a_rank_takes_a_gpu_of_its_own_and_one_for_all_is_refused(monkeypatch):
     for name in ("cuda:0", "mps"):
         with pytest.raises(UserError, match=f"train.device={name} is one device for 2 ranks: pass cuda"):
             ranks.device(name)
+
+
+def test_layers_are_sharded_one_by_one_and_on_a_gpu_gathered_as_autocast_would_have_them(monkeypatch):
+    """What is called from outside its layer by itself, and before it; the rest, with what is tied, as it is."""
+    done = []
+    monkeypatch.setattr(ranks, "world", lambda: 2)
+    monkeypatch.setattr("torch.distributed.device_mesh.init_device_mesh", lambda *mesh: mesh)
+    monkeypatch.setattr("torch.distributed.fsdp.fully_shard", lambda module, mesh, mp_policy=None, **_: done.append(
+        (module, mesh, mp_policy and (mp_policy.param_dtype, mp_policy.reduce_dtype, mp_policy.cast_forward_inputs))))
+    model = small(BART, n_encoder_layer=1, n_decoder_layer=2)
+    for device, dtype in (("cuda:1", torch.bfloat16), ("cpu", None)):
+        done.clear()
+        ranks.sharded(model, device, torch.bfloat16)
+        first, second = model.decoder
+        inner = [second.cross.c_kv, second, first.cross.c_kv, first, model.encoder[0]]
+        mesh = device.split(":")[0], (2,)
+        assert done == [(each, mesh, (dtype, torch.float32, False)) for each in inner] + [(model, mesh, None)]
 
 
 def test_what_ranks_cannot_share_is_refused_in_one_line_and_nothing_is_written(tmp_path, monkeypatch):
