@@ -1253,10 +1253,15 @@ def gradients_of_ranks_never_meet():
 
 
 @mutant
-def the_norm_of_a_gradient_is_that_of_a_ranks_part():
-    @around(ranks_module(), "whole")
-    def whole(original, x):
-        return x.to_local() if x.dim() == 0 and hasattr(x, "to_local") else original(x)
+def each_rank_clips_its_part_of_a_gradient():
+    import torch
+
+    @around(torch.nn.utils, "clip_grad_norm_")
+    def clip_grad_norm_(original, parameters, most):
+        parts = [p if p.grad is None or not hasattr(p, "to_local") else p.detach().to_local() for p in parameters]
+        for part, p in zip(parts, parameters):
+            part.grad = p.grad.to_local()
+        return original(parts, most)
 
 
 @mutant
