@@ -17,7 +17,6 @@ from functools import wraps
 
 import torch
 from torch import distributed as dist
-from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from plumbing.errors import UserError
@@ -45,6 +44,7 @@ def joined():
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield
         return
+    from torch.distributed.rendezvous import rendezvous  # here: not every torch has it
     store, number, n = next(rendezvous("env://"))
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=number, world_size=n)

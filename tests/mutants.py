@@ -1258,10 +1258,14 @@ def each_rank_clips_its_part_of_a_gradient():
 
     @around(torch.nn.utils, "clip_grad_norm_")
     def clip_grad_norm_(original, parameters, most):
-        parts = [p if p.grad is None or not hasattr(p, "to_local") else p.detach().to_local() for p in parameters]
-        for part, p in zip(parts, parameters):
+        def own(p):
+            if not hasattr(p.grad, "to_local"):
+                return p
+            part = p.detach().to_local()
             part.grad = p.grad.to_local()
-        return original(parts, most)
+            return part
+
+        return original(map(own, parameters), most)
 
 
 @mutant
