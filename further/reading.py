@@ -1,7 +1,7 @@
 """
 Attention of a decode step that reads the keys somebody sees, and no others.
 
-    python bench.py decode --random gpt2 --rows 64 --prompt-tokens 32 --max-new-tokens 256 --dtype bfloat16 --compile
+    python bench.py decode --random gpt2 --dtype bfloat16 --prompt-tokens 32 --max-new-tokens 256 --num-samples 64 --compile
 
 What a compiled step attends to is as long as the room there is, since its shapes may not change; a mask says how much
 of that counts. PyTorch's kernels read everything and apply the mask afterwards. This one looks at the mask first: of a
@@ -24,6 +24,7 @@ from further.kernels import jit, triton, up
 
 if triton:
     import triton.language as tl
+
 
 @jit
 def one_query(q, keys, values, seen, y, S, q_row, q_head, of_row, of_head, of_key, seen_row, H: tl.constexpr,
