@@ -49,7 +49,7 @@ def find(name):
     try:
         return partial(make, getattr(import_module(library), part))
     except Exception as error:  # not there, a folder that happens to have its name, or broken
-        raise UserError(f"train.logger={name!r} needs {name}, and there is {error}: pip install {name}") from None
+        raise UserError(f"train.logger={name!r} needs {name} ({error}): pip install {name}") from None
 
 
 def begin(name, out, step, settings):

@@ -2,6 +2,7 @@
 
 import random
 from importlib import import_module
+from inspect import isfunction
 
 import torch
 
@@ -41,7 +42,7 @@ def find_own(setting, name):
         raise UserError(f"{setting}={name!r}: {type(error).__name__}: {error}: name a module that can be imported "
                         f"from here") from None
     if not callable(own.get(function)):
-        there = [key for key, value in own.items() if callable(value) and getattr(value, "__module__", "") == module]
+        there = [key for key, value in own.items() if isfunction(value) and value.__module__ == module]
         raise UserError(f"{setting}={name!r} is not one of the functions of {module}: "
                         f"{', '.join(there) or 'it has none'}")
     return own[function]

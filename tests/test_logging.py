@@ -121,9 +121,9 @@ def test_a_logger_that_fails_is_named_once_and_loses_nothing(what, own, tmp_path
     ("tensorbord", "train.logger='tensorbord' is not one of tensorboard, wandb; one of your own is MODULE:NAME"),
     ("", "train.logger='' is not one of"),
     ("nowhere:log", "train.logger='nowhere:log': ModuleNotFoundError: No module named 'nowhere'"),
-    ("bad:lgo", "train.logger='bad:lgo' is not one of the functions of bad: Log, log"),
+    ("bad:lgo", "train.logger='bad:lgo' is not one of the functions of bad: log"),
     ("bad:number", "is not one of the functions of bad"),
-    ("tensorboard", "train.logger='tensorboard' needs tensorboard, and there is no such thing: pip install tensorboard"),
+    ("tensorboard", "train.logger='tensorboard' needs tensorboard (no such thing): pip install tensorboard"),
     ("wandb", "pip install wandb"),
 ])
 def test_a_logger_that_is_not_there_exits_2_in_one_line_before_anything_is_written(name, message, own, tmp_path, monkeypatch):
