@@ -27,7 +27,7 @@ def tensorboard(SummaryWriter, out, step, settings):
 
 
 def wandb(init, out, step, settings):
-    """As wandb's own settings say (WANDB_PROJECT, WANDB_MODE=offline); it keeps what it has of steps that come again."""
+    """To where wandb's own settings say (WANDB_PROJECT, WANDB_MODE); it keeps what it has of steps that come again."""
     mark = out / "wandb-id"
     known = mark.read_text() if step and mark.exists() else None
     live = init(id=known, resume="allow", reinit="finish_previous", dir=out.absolute(), name=out.name, config=settings,

@@ -126,14 +126,15 @@ def test_a_logger_that_fails_is_named_once_and_loses_nothing(what, own, tmp_path
     ("tensorboard", "train.logger='tensorboard' needs tensorboard (no such thing): pip install tensorboard"),
     ("wandb", "pip install wandb"),
 ])
-def test_a_logger_that_is_not_there_exits_2_in_one_line_before_anything_is_written(name, message, own, tmp_path, monkeypatch):
+def test_a_logger_that_is_not_there_exits_2_before_anything_is_written(name, message, own, tmp_path, monkeypatch):
     def absent(library):
         raise ImportError("no such thing")
 
     monkeypatch.setattr(loggers, "import_module", absent)
     own("bad", "number = 3\nclass Log: pass\ndef log(): pass\n")
     (tmp_path / "config.toml").write_text(GPT_TOML.replace("{source}", "pydoc"))
-    outcome = call(train.main, tmp_path / "config.toml", f"--train.out_dir={tmp_path / 'out'}", f"--train.logger={name}")
+    args = tmp_path / "config.toml", f"--train.out_dir={tmp_path / 'out'}", f"--train.logger={name}"
+    outcome = call(train.main, *args)
     assert outcome.code == 2 and outcome.out == "" and outcome.err.count("\n") == 1 and message in outcome.err, outcome
     assert not (tmp_path / "out").exists()
 
@@ -142,7 +143,8 @@ def test_a_logger_that_cannot_begin_stops_the_run_before_its_first_step(own, tmp
     own("late", "def log(step, numbers): pass\n")
     (tmp_path / "text.txt").write_text(TEXT)
     (tmp_path / "config.toml").write_text(GPT_TOML.replace("{source}", str(tmp_path / "text.txt")))
-    outcome = call(train.main, tmp_path / "config.toml", f"--train.out_dir={tmp_path / 'out'}", "--train.logger=late:log")
+    args = tmp_path / "config.toml", f"--train.out_dir={tmp_path / 'out'}", "--train.logger=late:log"
+    outcome = call(train.main, *args)
     assert outcome.code == 2 and outcome.out == "" and outcome.err.count("\n") == 1, outcome
     assert "train.logger='late:log': TypeError: log() takes 2 positional arguments but 3 were given" in outcome.err
 
