@@ -19,7 +19,6 @@ import json
 import sys
 import time
 from importlib import import_module
-from inspect import isfunction
 
 from plumbing.errors import UserError, guard_imports, run
 
@@ -30,6 +29,7 @@ import torch
 
 import cost
 from plumbing.checks import check_count, check_forced, check_ids, for_each, prepare
+from plumbing.utils import find_own
 from sampling import Choice, Chooser
 
 # -----------------------------------------------------------------------------
@@ -186,20 +186,10 @@ def find_strategy(model, name):
     known = strategies(model)
     if callable(name) or name in known:
         return known.get(name, name)
-    module, colon, function = str(name).partition(":")
-    if not colon:
+    if ":" not in str(name):
         raise UserError(f"strategy={name!r} is not one of those this model has: {', '.join(known)}; one of your own "
                         f"is MODULE:FUNCTION")
-    try:
-        own = vars(import_module(module))
-    except (Exception, SystemExit) as error:  # whatever a module does
-        raise UserError(f"strategy={name!r}: {type(error).__name__}: {error}: name a module that can be imported "
-                        f"from here") from None
-    if not callable(own.get(function)):
-        there = [key for key, value in own.items() if isfunction(value) and value.__module__ == module]
-        raise UserError(f"strategy={name!r} is not one of the functions of {module}: "
-                        f"{', '.join(there) or 'it has none'}")
-    return own[function]
+    return find_own("strategy", name)
 
 
 # -----------------------------------------------------------------------------

@@ -13,6 +13,7 @@ next to nothing (narrow()): calls into PyTorch, which cost the same for one row 
 
 import time
 from dataclasses import replace
+from functools import cache
 from statistics import median
 
 import torch
@@ -90,10 +91,14 @@ def bandwidth(device):
     return max(2**28 / median(took), 2**26 / product)
 
 
+@cache
 def matmul_peak(dtype, device):
-    """FLOPs per second at best: by a product of square matrices, 2,048 wide on a CPU, 8,192 elsewhere."""
-    n = 2**11 if device.type == "cpu" else 2**13
-    return 2 * n**3 / Products(dtype, device).seconds(n, n, n, 0)
+    """FLOPs per second at best: by products of square matrices, twice as wide each time until the machine is busy."""
+    products, n, seconds, peak = Products(dtype, device), 2**8, 0.0, 0.0
+    while products.queued * seconds < 0.02:  # wider ones say the same, and take a small machine ten seconds
+        seconds = products.seconds(n, n, n, 0)
+        n, peak = 2 * n, max(peak, 2 * n**3 / seconds)
+    return peak
 
 
 def read(step, weight=1, kept=1):

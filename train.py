@@ -37,8 +37,9 @@ from tqdm import tqdm
 from generate import generate
 from model import BART, GPT
 from plumbing import config as configs
-from plumbing import ranks
+from plumbing import loggers, ranks
 from plumbing.data import IGNORE, DataConfig, load_data
+from plumbing.meters import meter
 from plumbing.models import PRESETS, check_memory, model_class, read_model_config
 from plumbing.muon import Muon
 from plumbing.runs import Run
@@ -64,6 +65,7 @@ class TrainConfig:
     eval_every: int = 250       # steps between evaluations, each followed by a checkpoint
     eval_batches: int | None = None  # held-out batches in an evaluation, None = all
     log_every: int = 10         # steps between lines of log.jsonl
+    logger: str | None = None   # where these go besides: tensorboard, wandb, or MODULE:NAME, see plumbing/loggers.py
     sample_every: int | None = None  # steps between texts that the model writes, to be looked at; None = never
     device: str = "auto"
     dtype: str = "auto"         # of autocast: auto (bfloat16 on CUDA, else float32), float32, bfloat16
@@ -89,6 +91,8 @@ class TrainConfig:
         for name, allowed in {"optimizer": ("adamw", "muon"), "dtype": ("auto", "float32", "bfloat16")}.items():
             if getattr(self, name) not in allowed:
                 raise UserError(f"train.{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}")
+        if self.logger is not None:
+            loggers.find(self.logger)
 
 
 # -----------------------------------------------------------------------------
@@ -253,6 +257,8 @@ def loop(this_run, data, model, optimizers, config):
     compute = torch.compile(loss_sum) if config.compile else loss_sum  # with the loss: its logits are what is large
     replica = ranks.replicated(model)
     shape = {"batch_size": config.batch_size, "block_size": model.config.block_size}
+    with autocast:  # as layers that are sharded may need it
+        measured = meter(model, data.batch_at(0, **shape), config)
     with this_run.stoppable():
         for step in this_run.steps(config.steps):
             started, lr = time.perf_counter(), lr_at(step - 1, config)
@@ -264,7 +270,7 @@ def loop(this_run, data, model, optimizers, config):
             this_run.bar.set_postfix(loss=f"{loss:.3f}", tokens_per_s=f"{speed:,.0f}", refresh=False)
             this_run.agree()
             if step % config.log_every == 0:
-                this_run.log(step, loss=loss, lr=lr, grad_norm=norm, tokens_per_second=speed)
+                this_run.log(step, loss=loss, lr=lr, grad_norm=norm, tokens_per_second=speed, **measured(speed))
             if step % config.eval_every == 0 or step == config.steps:
                 held_out = islice(data.val_batches(**shape), config.eval_batches)
                 val_loss, exact = evaluate(model, held_out, config.device, autocast, compute)

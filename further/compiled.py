@@ -8,11 +8,12 @@ A plain step asks PyTorch for some two hundred operations, one after the other. 
 shapes are those of one token, and where that token stands can be a tensor, whose value only the device reads. So one
 graph is the step of all requests and lengths. On a CPU, torch.compile makes C++ of it: products that have been tried
 out on this machine, weights laid out for them once ("frozen"), and what lies between products fused. On a GPU what it
-launches is recorded once, ids are chosen inside, and the host fetches them RUN at a time; for a few rows there, a step
-of four small kernels (kernels.py) takes the place of the compiled one.
+launches is recorded once, ids are chosen inside, and the host fetches them RUN at a time, after it has asked for the
+next RUN: every row goes on behind what it has found, or has ended. For a few rows there, a step of four small kernels
+(kernels.py) takes the place of the compiled one; for more, attention skips what no row sees (reading.py).
 
 What it costs: the first request compiles, which takes seconds to a minute; rows that have ended are computed on, since
-no shape may change; a step reads the keys and values of all the room there is. The prompt enters plainly.
+no shape may change; on a CPU a step reads the keys and values of all the room there is. The prompt enters plainly.
 """
 
 import weakref
@@ -27,6 +28,7 @@ from torch.nn import functional as F
 from attention import NOWHERE
 from cache import Memory
 from further.kernels import Step
+from further.reading import reading
 from generate import advance, encode, project
 from plumbing.checks import check_room
 from plumbing.errors import UserError
@@ -62,6 +64,7 @@ class Steps:
     def __init__(self, model, weights):
         self.options, self.idle = compiler_options(model.wte.weight.device.type), {}
         head = aligned(model.lm_head)
+        model = reading(model) if model.wte.weight.is_cuda else model
         fast = lambda step: torch.compile(partial(own(step), model, head), fullgraph=True)
         self.logits, self.greedy = fast(logits_of), fast(greedy)
 
@@ -153,12 +156,23 @@ class Buffers:
         if device.type == "cuda":
             self.once = captured(self.once)
 
-    def step(self, rows, times=1):
-        """So many steps behind these texts. What the last one returned."""
+    def step(self, rows):
+        """The logits (B, V) of what follows these texts."""
         self.enter(rows)
+        return self.once()
+
+    def run(self, times):
+        """
+        So many steps, from where the rows are. What they will have found, (B, times), whether it is finite, (B,), and
+        what to wait for before looking at either: more steps may be asked for until then.
+        """
+        at = self.at + torch.arange(1, times + 1, device=self.at.device)  # at the end there may be room for fewer
         for _ in range(times):
-            out = self.once()
-        return out
+            self.once()
+        found = self.ids.gather(1, at.clamp_(max=self.ids.size(1) - 1)), self.finite.clone()
+        found = [x.to("cpu", non_blocking=True) for x in found]
+        there = torch.cuda.current_stream().record_event().synchronize if self.ids.is_cuda else lambda: None
+        return *found, there
 
     def sized(self):
         """All tensors as long as a text or a source, and in which dimension: one graph serves every length."""
@@ -191,12 +205,6 @@ class Buffers:
         self.at.copy_(torch.tensor([[len(row) - 1] for row in rows]))
         self.ids.scatter_(1, self.at, torch.tensor([row[-1:] for row in rows]).to(self.ids.device))
 
-    def found(self, rows, which, times):
-        """What stands behind these texts, so many ids each, or as many as there was room for."""
-        begin = torch.tensor([[len(row)] for row in rows], device=self.ids.device)
-        at = (begin + torch.arange(times, device=begin.device)).clamp_(max=self.ids.size(1) - 1)
-        return [ids[: self.ids.size(1) - len(row)] for row, ids in zip(rows, self.ids[which].gather(1, at).tolist())]
-
 
 def bucket(n, most):
     """How large a buffer for n positions is on a GPU: four sizes up to each doubling serve all requests."""
@@ -222,7 +230,7 @@ class Decoding:
     """A step(rows, which) as generate.py's. The first takes Buffers, which are given back where they are recorded."""
 
     def __init__(self, model, sources, B, room, choose):
-        self.model, self.B, self.choose, self.held = model, B, choose, None
+        self.model, self.B, self.choose, self.held, self.running = model, B, choose, None, []
         self.most = self.room = room
         self.steps = steps(model)  # where there is no compiler, nothing is computed first
         self.memory, cuda = project(model, *encode(model, sources)), model.wte.weight.is_cuda
@@ -257,10 +265,20 @@ class Decoding:
             self.held[r] = row  # rows that have ended are held as well: they find what they have found
         if not self.inside:
             return self.choose(self.buffers.step(self.held)[which], rows, which)
-        times = min(RUN, self.most - min(map(len, rows)))
-        self.buffers.step(self.held, times)
-        check_finite(self.buffers.finite[which])
-        return self.buffers.found(rows, which, times)
+        left = self.most - min(map(len, rows))
+        if not self.running:
+            self.buffers.enter(self.held)
+            self.launch(left)
+        [(times, found, finite, there)] = self.running
+        self.launch(left - times)
+        there()
+        check_finite(finite[which])
+        return [ids[: self.room + 1 - len(row)] for row, ids in zip(rows, found[which].tolist())]
+
+    def launch(self, left):
+        """The next run, if there is something left to be found: it takes the place of the one before."""
+        times = min(RUN, left)
+        self.running = [(times, *self.buffers.run(times))] if times > 0 else []
 
 
 def compiled(model, sources, B, room, choose):

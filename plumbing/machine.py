@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +32,15 @@ def proc(path, key):
 def resident(key):
     """Bytes of memory that this process has (VmRSS), or had at most (VmHWM)."""
     return int(proc("self/status", key).split()[0]) * 1024
+
+
+def most_memory(device):
+    """Bytes that were taken at most: of the GPU's memory by torch on CUDA, elsewhere by the process."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "linux":  # where ru_maxrss begins with that of whoever started us
+        return resident("VmHWM")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes on a Mac
 
 
 def machine(device):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from plumbing import ranks
+from plumbing import loggers, ranks
 from plumbing.checkpoints import load_checkpoint, load_weights, save_checkpoint
 from plumbing.errors import NonFiniteError, UserError
 from plumbing.files import read_bytes
@@ -85,7 +85,7 @@ class Run:
 
     @ranks.first
     def rewind_log(self):
-        """Keep of log.jsonl what happened up to the checkpoint; the rest will happen again."""
+        """Keep of log.jsonl what happened up to the checkpoint, the rest will happen again; begin the other log."""
         lines = [json.dumps(line) + "\n" for line in self.history() if line["step"] <= self.step]
         beside = self.out / ".log.jsonl"
         try:
@@ -95,6 +95,7 @@ class Run:
             beside.replace(self.out / "log.jsonl")  # a kill finds the old log or the new one, never half of it
         except OSError as error:
             raise UserError(f"cannot write in {self.out}: {error.strerror}; name another with --train.out_dir")
+        self.also = loggers.begin(self.described["train"]["logger"], self.out, self.step, self.described)
 
     def history(self):
         """The lines of log.jsonl as dicts, without any that a power cut left unfinished or that hold no numbers."""
@@ -112,6 +113,7 @@ class Run:
     def log(self, step, **numbers):
         with open(self.out / "log.jsonl", "a") as file:
             file.write(json.dumps({"step": step} | numbers) + "\n")
+        self.also(step, numbers)
 
     def save(self, step, model, optimizers, val_loss=None):
         """Save a checkpoint and only then say so. All ranks must call: each may hold a part."""

@@ -22,10 +22,9 @@ from statistics import median
 import torch
 
 import train
-from cost import count
-from plumbing.data import IGNORE
 from plumbing.errors import WHOLE, UserError
-from plumbing.machine import machine, resident
+from plumbing.machine import machine, most_memory
+from plumbing.meters import flops_per_token
 from plumbing.utils import DTYPES
 from roofline import matmul_peak
 
@@ -40,14 +39,6 @@ def add_arguments(parser):
     parser.add_argument("--json", action="store_true", help="one JSON object")
 
 
-def forward_flops(model, batch):
-    """FLOPs of a forward pass for each label of a micro-batch that counts."""
-    inputs, labels = batch
-    with count(model) as cost, torch.no_grad():
-        model(*inputs)
-    return (cost.flops("GEMM") + cost.flops("BGEMM")) / (labels != IGNORE).sum().item()
-
-
 def measure(args):
     """All that was measured, as a dict."""
     if args.repeats < 1:
@@ -55,7 +46,7 @@ def measure(args):
     model_values, data_config, config = train.read([args.random, *args.overrides])
     steps = config.steps
     config = replace(train.settled(config), steps=FIRST + args.repeats, resume=False, log_every=1, eval_batches=1,
-                     eval_every=FIRST + args.repeats)
+                     eval_every=FIRST + args.repeats, logger=None)
     times, speeds = [], []
 
     def log(step, tokens_per_second=None, **numbers):
@@ -69,7 +60,8 @@ def measure(args):
         this_run.log, this_run.save = log, lambda *args: None
         shape = dict(batch_size=config.batch_size, block_size=model.config.block_size)
         with train.autocast_of(config):
-            flops = 3 * forward_flops(model, train.to(config.device, data.batch_at(0, **shape)))
+            flops = flops_per_token(model, data.batch_at(0, **shape))
+        peak = matmul_peak(DTYPES[config.dtype], torch.device(config.device))
         start = time.perf_counter()
         train.loop(this_run, data, model, optimizers, config)
     seconds = [after - before for before, after in zip([start, *times], times)]
@@ -77,15 +69,13 @@ def measure(args):
                 dtype=config.dtype, **shape,
                 accumulation=config.accumulation, compiled=config.compile, parameters=model.count_parameters(),
                 seconds=seconds, tokens_per_second=speeds, set_up_seconds=seconds[0] - median(seconds[FIRST:]),
-                flops_per_token=flops, peak_bytes=resident("VmHWM"),
-                gpu_peak_bytes=torch.cuda.max_memory_allocated() if config.device.startswith("cuda") else 0,
-                peak_flops=matmul_peak(DTYPES[config.dtype], torch.device(config.device)))
+                flops_per_token=flops, peak_bytes=most_memory(config.device), peak_flops=peak)
 
 
 def table(r):
     """The measurements as text."""
     speeds, seconds = r["tokens_per_second"][FIRST:], r["seconds"]
-    reached, peak = r["flops_per_token"] * median(speeds), r["gpu_peak_bytes"] or r["peak_bytes"]
+    reached = r["flops_per_token"] * median(speeds)
     whole = timedelta(seconds=round(r["steps"] * median(seconds[FIRST:])))
     return "\n  ".join([
         f"train {r['config']}: {r['parameters']:,} parameters, {r['accumulation']} x {r['batch_size']} x "
@@ -96,7 +86,7 @@ def table(r):
         f"set-up",
         f"a token      {r['flops_per_token'] / 1e6:,.1f} MFLOP: {reached / 1e9:,.1f} GFLOP/s, MFU "
         f"{reached / r['peak_flops']:.1%} of the {r['peak_flops'] / 1e9:,.1f} of a product",
-        f"most memory  {peak / 1e6:,.0f} MB",
+        f"most memory  {r['peak_bytes'] / 1e6:,.0f} MB",
         f"all {r['steps']:,} steps would take {whole}, evaluations besides"])
 
 

@@ -1,6 +1,8 @@
-"""Small things that every program needs: seeds, devices, what a GPU is to do at once."""
+"""Small things that every program needs: seeds, devices, code of the user's own, what a GPU is to do at once."""
 
 import random
+from importlib import import_module
+from inspect import isfunction
 
 import torch
 
@@ -26,6 +28,24 @@ def pick_device(name="auto"):
     if name not in kinds + [f"{kind}:{i}" for kind in kinds for i in range(counts[kind])]:
         raise UserError(f"device {name!r:.60} is not available here: choose one of auto, {', '.join(kinds)}")
     return name
+
+
+def find_own(setting, name):
+    """
+    The function or class that a setting names as MODULE:NAME; the module is imported only here. Raises UserError,
+    naming what there is, if there is none.
+    """
+    module, _, function = name.partition(":")
+    try:
+        own = vars(import_module(module))
+    except (Exception, SystemExit) as error:  # whatever a module does
+        raise UserError(f"{setting}={name!r}: {type(error).__name__}: {error}: name a module that can be imported "
+                        f"from here") from None
+    if not callable(own.get(function)):
+        there = [key for key, value in own.items() if isfunction(value) and value.__module__ == module]
+        raise UserError(f"{setting}={name!r} is not one of the functions of {module}: "
+                        f"{', '.join(there) or 'it has none'}")
+    return own[function]
 
 
 def captured(step):

@@ -162,8 +162,8 @@ def test_ids_that_the_steps_have_chosen_are_fetched_some_at_a_time(kind, no_code
     expected, limits = generate(model, prompts, 18), [len(rows[0]) + 18, len(rows[1]) + 7]
     step = compiled(model, sources, 2, max(limits), Chooser(Choice(), limits=limits))
     step.inside, texts = True, [[], []]
-    monkeypatch.setattr(module.Buffers, "step", lambda self, rows, times=1, run=module.Buffers.step:
-                        asked.append(times) or run(self, rows, times))
+    monkeypatch.setattr(module.Buffers, "run", lambda self, times, run=module.Buffers.run:
+                        asked.append(times) or run(self, times))
     for found in program.loop(step, [list(row) for row in rows], limits, lambda r, row: False):
         for text, ids in zip(texts, found):
             text += ids

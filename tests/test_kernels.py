@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from attention import attend_explicit
 from cache import Memory
-from further import compiled, kernel_bench, kernels
+from further import compiled, kernel_bench, kernels, reading
 from further.kernels import Step, triton, up
 from generate import generate
 from model import BART, GPT
@@ -125,6 +126,47 @@ def test_tiles_of_attention_are_joined(cls, n_source, monkeypatch):
 
 
 @runs
+@pytest.mark.parametrize("H, KV, S", [(2, 2, 80), (4, 2, 32), (3, 1, 65)])
+@torch.inference_mode()
+def test_one_query_reads_what_it_may_see_and_nothing_else(H, KV, S):
+    """Tiles seen in part, wholly and not at all, the first and the last among them; NaN wherever nobody looks."""
+    torch.manual_seed(S)
+    seen = torch.rand(5, S, device=DEVICE) < 0.4
+    seen[0], seen[1, :-1], seen[2, 1:], seen[3, : S // 2] = True, False, False, False
+    seen[1, -1] = seen[2, 0] = seen[3, -1] = seen[4, 3] = True
+    q = torch.randn(5, 1, H + 1, 8, device=DEVICE).transpose(1, 2)[:, :H]  # as in a product with keys and values
+    k, v = torch.randn(2, 6, KV, S + 3, 8, device=DEVICE)[:, :5, :, :S]    # as in a larger buffer
+    expected = attend_explicit(q, k, v, seen[:, None, None])[0]
+    both = seen.any(0)
+    assert (reading.attend_one(q, k, v, both[None, None, None], 32) - attend_explicit(q, k, v, both)[0]).abs().max() <= 1e-5
+    for x in k, v:
+        x.masked_fill_(~seen[:, None, :, None], torch.nan)
+    assert (reading.attend_one(q, k, v, seen[:, None, None], 32) - expected).abs().max() <= 1e-5
+
+
+@runs
+@pytest.mark.parametrize("cls, n_source", [(GPT, None), (BART, 9)])
+@torch.inference_mode()
+def test_a_model_that_reads_so_is_another_around_the_same_weights(cls, n_source, monkeypatch):
+    asked, attend_one = [], reading.attend_one
+    monkeypatch.setattr(reading, "attend_one", lambda *args: asked.append(args) or attend_one(*args))
+    model = build(cls, n_kv_head=1)
+    model.own_cache()
+    model.source = torch.zeros(1), None, None
+    other, named = reading.reading(model), dict(model.named_parameters())
+    assert other.cache is other.source is None and all(p is named[name] for name, p in other.named_parameters())
+    pair = Pair(model, 3, [5, 2, 4], 2, n_source, ragged=bool(n_source))
+    for start in torch.tensor([[5], [2], [4]], device=DEVICE), torch.tensor([[6], [3], [5]], device=DEVICE):
+        args = dict(start_pos=start, **pair.source)
+        plain = model.features(pair.ids.gather(1, start), cache=pair.caches[0], **args)
+        assert (other.features(pair.ids.gather(1, start), cache=pair.caches[1], **args) - plain).abs().max() <= 1e-5
+    assert len(asked) == (8 if n_source else 4) and {tile for *_, tile in asked} == ({64, 128} if n_source else {64})
+    assert not any(isinstance(m, reading.Read) for m in model.modules())
+    uneven = build(cls, n_embd=36, n_head=3)  # 12 numbers a head
+    assert reading.reading(uneven) is uneven
+
+
+@on_gpu  # the interpreter does not turn int8 into bfloat16
 @torch.inference_mode()
 def test_int8_weights_have_a_scale_for_each_row():
     model = build(GPT)
@@ -200,18 +242,16 @@ def test_a_compiled_decoding_writes_what_the_plain_one_does_request_after_reques
 
 @on_gpu
 @torch.inference_mode()
-def test_bfloat16_chooses_as_the_same_weights_in_float32_wherever_the_gap_is_larger_than_the_error():
+def test_bfloat16_chooses_no_worse_than_the_plain_model_does():
+    """Both miss the most likely id of the same weights in float32 at times, by how much is what counts."""
     model = random_model("gpt2", torch.bfloat16, DEVICE)
     pair = Pair(model, 1, [32], 100)
     for _ in range(100):
         pair.step()
-    exact = GPT(replace(model.config)).to(DEVICE).eval()
-    exact.load_state_dict(model.float().state_dict())
-    logits = exact(pair.ids)[0, 31:131]
-    top = logits.topk(2).values
-    certain = top[:, 0] - top[:, 1] > 0.02 * logits.abs().amax(-1)
-    assert certain.sum() > 20
-    assert torch.equal(logits.argmax(-1)[certain], pair.ids[0, 32:132][certain])
+    plain, ours = model(pair.ids)[0, 31:131].argmax(-1), pair.ids[0, 32:132]
+    logits = model.float()(pair.ids)[0, 31:131]
+    lost = [(logits.amax(-1) - logits.gather(1, ids[:, None])[:, 0]).mean() for ids in (ours, plain)]
+    assert 0 < lost[0] < 1.2 * lost[1] < 0.2 * logits.std()
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="this is for where there is no CUDA device")

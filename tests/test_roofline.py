@@ -37,6 +37,19 @@ def test_a_step_reads_and_multiplies_what_the_closed_forms_say(cls, config, stra
          and (strategy == "naive" or not name.startswith("encoder"))])
 
 
+def test_a_machine_is_timed_with_products_just_wide_enough_for_it_and_the_best_counts(monkeypatch):
+    """A width that suits a slow machine leaves a fast one waiting, and the other way round it waits for seconds."""
+    asked, rates = [], {256: 4e11, 512: 9e11, 1024: 7e11, 2048: 1e12}
+
+    def seconds(self, rows, n_in, n_out, among):
+        asked.append((rows, n_in, n_out, among))
+        return 2 * rows**3 / rates[rows] * 8  # 0.67 ms, 2.4, 24
+
+    monkeypatch.setattr(roofline.Products, "seconds", seconds)
+    assert roofline.matmul_peak.__wrapped__(torch.float32, torch.device("cpu")) == pytest.approx(9e11 / 8)
+    assert asked == [(n, n, n, 0) for n in (256, 512, 1024)]
+
+
 def test_the_queries_that_share_a_head_are_the_rows_of_its_products():
     model = GPT(GPT_CONFIG)
     with count(model) as cost:

@@ -1,0 +1,92 @@
+"""
+Attention of a decode step that reads the keys somebody sees, and no others.
+
+    python bench.py decode --random gpt2 --dtype bfloat16 --prompt-tokens 32 --max-new-tokens 256 --num-samples 64 --compile
+
+What a compiled step attends to is as long as the room there is, since its shapes may not change; a mask says how much
+of that counts. PyTorch's kernels read everything and apply the mask afterwards. This one looks at the mask first: of a
+tile of keys that nobody may see, it reads neither keys nor values. It takes any mask: rows at places of their own,
+padded sources, a window. One pass over the tiles keeps a running maximum, sum and result (Milakov and Gimelshein 2018;
+Dao et al. 2022, algorithm 1).
+
+A model takes part as a copy of its modules, around the same weights, whose patterns are the ones below: attention.py
+stays as it is.
+"""
+
+from __future__ import annotations  # as in kernels.py
+
+from copy import deepcopy
+
+import torch
+
+from attention import Causal, Everything, dense
+from further.kernels import jit, triton, up
+
+if triton:
+    import triton.language as tl
+
+
+@jit
+def one_query(q, keys, values, seen, y, S, q_row, q_head, of_row, of_head, of_key, seen_row, H: tl.constexpr,
+              KV: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr):
+    """y (B, H, D): what a query of each head of each row finds. A program does one. seen: (1 or B, S) bool."""
+    head, row, d = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.arange(0, D)
+    Q = tl.load(q + row * q_row + head * q_head + d[None]).to(tl.float32) * D**-0.5
+    at = row * of_row + head // (H // KV) * of_head + d[None]
+    top, total, out, first = -1e30, 0.0, tl.zeros((D,), tl.float32), 0
+    while first < S:
+        s = first + tl.arange(0, TILE)[:, None]
+        sees = tl.load(seen + row * seen_row + s, mask=s < S, other=0) != 0
+        if tl.max(sees.to(tl.int32)) > 0:  # else nothing of this tile is read
+            K = tl.load(keys + at + s * of_key, mask=sees, other=0.0).to(tl.float32)
+            V = tl.load(values + at + s * of_key, mask=sees, other=0.0).to(tl.float32)
+            a = tl.where(sees, tl.sum(K * Q, 1, keep_dims=True), -1e30)  # (TILE, 1)
+            higher = tl.maximum(top, tl.max(a))
+            e = tl.where(sees, tl.exp(a - higher), 0.0)
+            fade = tl.exp(top - higher)  # of what was summed under a lower maximum
+            top, total, out = higher, total * fade + tl.sum(e), out * fade + tl.sum(e * V, 0)
+        first += TILE
+    tl.store(y + (row * H + head) * D + d, (out / total).to(y.dtype.element_ty))
+
+
+def attend_one(q, k, v, mask, tile):
+    """
+    What attend() does, for a single query of every row: q (B, H, 1, D), k and v (B, KV, S, D) laid out alike, mask
+    (1 or B, 1, 1, S) -> (B, H, 1, D). Every query must be allowed at least one key. D is a power of two. tile: how many
+    keys a program looks at together, 32 for each of its warps.
+    """
+    (B, H, _, D), (_, KV, S, _) = q.shape, k.shape
+    y = torch.empty_like(q, memory_format=torch.contiguous_format)
+    one_query[H, B](q, k, v, mask, y, S, *q.stride()[:2], *k.stride()[:3], mask.stride(0) if len(mask) > 1 else 0,
+                    H=H, KV=KV, D=D, TILE=tile, num_warps=tile // 32)
+    return y
+
+
+class Read:
+    """A pattern whose single queries are answered so; those of more are the pattern's own."""
+
+    def forward(self, q, k, v, query_pos, key_pos):
+        if q.size(2) > 1:
+            return super().forward(q, k, v, query_pos, key_pos)
+        return attend_one(q, k, v, dense(self.allows, query_pos, key_pos), self.tile)
+
+
+class ReadCausal(Read, Causal):
+    tile = 64   # of some hundred keys: all heads of 64 rows at once on an H200, 13 us where 128 take 18
+
+
+class ReadEverything(Read, Everything):
+    tile = 128  # of a thousand, a source: more of them under way, 37 us where 64 take 45
+
+
+def reading(model):
+    """The model whose decode steps use the kernel, where they can: a copy around the same weights."""
+    ours, head_dim = {Causal: ReadCausal, Everything: ReadEverything}, model.config.n_embd // model.config.n_head
+    if not triton or head_dim != up(head_dim):
+        return model
+    shared = {id(x): x for x in (*model.parameters(), *model.buffers())}
+    copy = deepcopy(model, shared | {id(model.cache): None, id(model.source): None})  # without a text of its own
+    for module in copy.modules():
+        if type(getattr(module, "pattern", None)) in ours:
+            module.pattern = ours[type(module.pattern)](module.pattern.p)
+    return copy
