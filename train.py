@@ -257,7 +257,7 @@ def loop(this_run, data, model, optimizers, config):
     compute = torch.compile(loss_sum) if config.compile else loss_sum  # with the loss: its logits are what is large
     replica = ranks.replicated(model)
     shape = {"batch_size": config.batch_size, "block_size": model.config.block_size}
-    with autocast:  # as layers that are sharded may need it
+    with autocast:  # without it, layers that are gathered in bfloat16 would meet float32
         measured = meter(model, data.batch_at(0, **shape), config)
     with this_run.stoppable():
         for step in this_run.steps(config.steps):
