@@ -192,8 +192,13 @@ class Buffers:
                 self.kernels.read(self.memory)
 
     def prefill(self, model, rows, n):
-        """Prompts enter, n neighbours as one: they do not differ yet. The logits (B, V) of what follows."""
+        """
+        Prompts enter, n neighbours as one: they do not differ yet. The logits (B, V) of what follows; None where each
+        is one id, as a BART's: that is the newest, which the step takes.
+        """
         self.finite.fill_(True)
+        if max(map(len, rows)) == 1:
+            return self.cache.clear(range(len(rows)))
         self.cache.rewind(0)
         self.cache.reorder(list(range(len(rows) // n)))
         logits = advance(model, rows[::n], self.cache, self.memory)[:, 0]
@@ -260,7 +265,8 @@ class Decoding:
             self.held = list(rows)
             self.take(len(rows))
             logits = self.buffers.prefill(self.model, rows, len(rows) // self.B)
-            return self.choose(logits, rows, which)
+            if logits is not None:
+                return self.choose(logits, rows, which)
         for r, row in zip(which, rows):
             self.held[r] = row  # rows that have ended are held as well: they find what they have found
         if not self.inside:
@@ -268,7 +274,7 @@ class Decoding:
         left = self.most - min(map(len, rows))
         if not self.running:
             self.buffers.enter(self.held)
-            self.launch(left)
+            self.launch(1)  # so that there is something to be read soon
         [(times, found, finite, there)] = self.running
         self.launch(left - times)
         there()

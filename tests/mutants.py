@@ -1189,6 +1189,28 @@ def a_compiled_step_enters_one_position_late():
         self.at.add_(1).clamp_(max=self.ids.size(1) - 2)
 
 
+@mutant
+def a_run_is_fetched_from_where_it_has_ended():
+    import torch
+    compiled = compiled_module()
+
+    @around(compiled.Buffers, "run")
+    def run(original, self, times):
+        found, finite, there = original(self, times)
+        at = self.at + torch.arange(times)
+        return self.ids.gather(1, at.clamp_(max=self.ids.size(1) - 1)), finite, there
+
+
+@mutant
+def a_run_that_is_asked_for_ahead_begins_at_texts_of_before():
+    compiled = compiled_module()
+
+    @around(compiled.Decoding, "launch")
+    def launch(original, self, left):
+        self.buffers.enter(self.held)
+        original(self, left)
+
+
 # -----------------------------------------------------------------------------
 # Whole numbers
 

@@ -157,18 +157,21 @@ def test_the_step_that_chooses_finds_what_the_loop_finds_and_waits_at_the_end():
 def test_ids_that_the_steps_have_chosen_are_fetched_some_at_a_time(kind, no_code, monkeypatch):
     """As on a GPU. Rows of different lengths, of which one ends in the middle of a run."""
     monkeypatch.setattr(module, "RUN", 5)
-    model, prompts, asked = made(kind), prompts_of(6, 3), []
+    model, prompts, asked, passes = made(kind), prompts_of(6, 3), [], []
     sources, rows = (prompts, [[2], [2]]) if kind == "bart" else (None, prompts)
     expected, limits = generate(model, prompts, 18), [len(rows[0]) + 18, len(rows[1]) + 7]
     step = compiled(model, sources, 2, max(limits), Chooser(Choice(), limits=limits))
     step.inside, texts = True, [[], []]
     monkeypatch.setattr(module.Buffers, "run", lambda self, times, run=module.Buffers.run:
                         asked.append(times) or run(self, times))
+    monkeypatch.setattr(module, "advance", lambda *args: passes.append([list(row) for row in args[1]]) or advance(*args))
     for found in program.loop(step, [list(row) for row in rows], limits, lambda r, row: False):
         for text, ids in zip(texts, found):
             text += ids
     assert texts == [expected[0], expected[1][:7]]
-    assert asked == [5, 5, 5, 2]  # the first comes with the prefill, and no more at the end than were asked for
+    # the first comes with a GPT's prefill, for which BART has no use, and no more at the end than were asked for
+    assert asked == ([1, 5, 5, 5, 1] if kind == "gpt" else [1, 5, 5, 5, 2])
+    assert passes == [[[0], [0]], prompts][: 2 if kind == "gpt" else 1]  # the first is that of new buffers
 
 
 @torch.inference_mode()
@@ -190,7 +193,7 @@ def test_buffers_serve_another_request(no_code):
         buffers = module.Buffers(model, module.steps(model), 2, 20, memories[0], False, None)
         for memory in memories:
             buffers.read(memory)
-            rows, cache = [[2], [2]], model.new_cache(2, 20)
+            rows, cache = [[2, 5], [2, 7]], model.new_cache(2, 20)
             expected, found = advance(model, rows, cache, memory)[:, 0], buffers.prefill(model, rows, 1)
             for _ in range(5):
                 assert (found - expected).abs().max() <= 1e-10
