@@ -16,16 +16,11 @@ import hashlib
 import os
 import re
 import shutil
-import signal
-import threading
-from array import array
 from bisect import bisect_right
 from collections import deque
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import accumulate, takewhile
-from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 import numpy as np
@@ -37,17 +32,12 @@ from plumbing.tokenizers import END, KINDS, load_tokenizer, train_tokenizer
 
 MANIFEST, TOKENS, PIECES = "prepared.json", "tokens.bin", "pieces.txt"
 MAX_MANIFEST = 2**30  # bytes: it lists every file
-PIECE = 4 * 2**20     # bytes of the texts that a process takes at a time
+PIECE = 4 * 2**20     # bytes of the texts that a thread takes at a time
 FAR = 2**28           # bytes in which there has to be a place to cut at
 SAMPLE = 4            # pieces, spread over the texts, that a bpe is learnt from
-WORDS_KEPT = 2**19    # whose ids a process remembers
-LONG = 64             # characters of a word that is not worth remembering
 
-# GPT-2's pattern ends a token where white space begins, and before the last white character in front of a word. So
-# cutting there changes no id. WORD matches what is between two places of the first kind, SPLIT finds one of the second,
-# in bytes: letters that are not ASCII are known by their first byte, and those of which some are white are left out.
-WHITE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
-WORD = re.compile(f"[{WHITE}]*[^{WHITE}]+|[{WHITE}]+")
+# GPT-2's pattern ends a token before the last white character in front of a word, so cutting there changes no id. In
+# UTF-8, what is not ASCII is known by its first byte; the three with which some white characters begin are left out.
 SPLIT = re.compile(rb"[\t-\r ](?=[^\t-\r \x80-\xbf\xc2\xe1-\xe3]|\xe3[^\x80])")
 LINE = re.compile(rb"(?<=\n)")
 DONE = re.compile(r"\d+ \d+ [0-9a-f]{64}\n")  # tokens, characters, and the hash of the ids, of a piece
@@ -67,8 +57,7 @@ def sources(paths):
 
 
 class Pieces:
-    """Files in a row, as pieces of `size` bytes: where one really ends is the next place to cut at. All are the same
-    whoever asks, so no process has to tell another what it took."""
+    """Files in a row, as pieces of `size` bytes: where one really ends is the next place to cut at, for whoever asks."""
 
     def __init__(self, files, size):
         self.files, self.size = files, size
@@ -129,61 +118,30 @@ def document(path, start, n, line):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# a process that tokenises
-
-
-class Words(dict):
-    """{word: its ids as bytes}, each tokenised once while it is remembered: most words of a text have been there before."""
-
-    def __init__(self, tokenizer, typecode):
-        self.tokenizer, self.typecode = tokenizer, typecode
-
-    def __missing__(self, word):
-        ids = array(self.typecode, self.tokenizer.encode_plain(word)).tobytes()
-        if len(word) < LONG:
-            if len(self) >= WORDS_KEPT:
-                self.clear()
-            self[word] = ids
-        return ids
+# what is made of it
 
 
 class Work:
-    """What each process knows: the texts, the tokenizer, and the words that it remembers."""
+    """What all threads share; nearly all of their time goes by in tiktoken, where they do not wait for each other."""
 
-    def __init__(self, pieces, directory, dtype):
-        self.pieces, self.dtype, tokenizer = pieces, dtype, load_tokenizer(directory)
-        self.words = Words(tokenizer, dtype.char)
-        self.between = self.encode("\n") if tokenizer.eos_id is None else dtype.type(tokenizer.eos_id).tobytes()
+    def __init__(self, pieces, tokenizer, dtype):
+        self.pieces, self.tokenizer, self.dtype = pieces, tokenizer, dtype
+        end = tokenizer.eos_id
+        self.between = tokenizer.encode_array("\n") if end is None else np.array([end])
         self.sizes = characters(tokenizer)
-
-    def encode(self, text):
-        return b"".join(map(self.words.__getitem__, WORD.findall(text)))
 
     def tokenise(self, k):
         """The ids of piece k as bytes, and the line about them."""
-        parts = [(self.between if begins else b"") + self.encode(text) for begins, text in self.pieces.texts(k)]
-        data = b"".join(parts)
-        if k == 0:  # there is no document before the first
-            data = data[len(self.between):]
-        ids = np.frombuffer(data, self.dtype)
-        return data, f"{len(ids)} {self.sizes[ids].sum()} {hashlib.sha256(data).hexdigest()}\n"
+        parts = []
+        for begins, text in self.pieces.texts(k):
+            parts += [self.between] * begins + [self.tokenizer.encode_array(text)]
+        ids = np.concatenate(parts[k == 0:] or [self.between[:0]]).astype(self.dtype)  # before the first document is nothing
+        return ids.tobytes(), f"{len(ids)} {self.sizes[ids].sum()} {hashlib.sha256(ids).hexdigest()}\n"
 
 
 def characters(tokenizer):
     """How many characters begin in the bytes of each id, (V,)."""
     return np.array([sum(byte & 0xC0 != 0x80 for byte in token) for token in tokenizer.tokens])
-
-
-def begin(*args):
-    """What a process does first. It leaves Ctrl-C to the one that started it, and ends when that does, however it does."""
-    global work
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
-    work = Work(*args)
-
-
-def tokenise(k):
-    return work.tokenise(k)
 
 
 def in_order(pool, function, items, ahead):
@@ -316,7 +274,7 @@ def done(directory):
 
 def append(directory, pieces, lines, dtype, workers):
     """Tokenise what is missing. Ids are on the disk before their line is, and what has no line is cut off again."""
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), begin, (pieces, directory, dtype))
+    work, pool = Work(pieces, load_tokenizer(directory), dtype), ThreadPoolExecutor(workers)
     bar = tqdm(total=pieces.ends[-1], initial=len(lines) * pieces.size, unit="B", unit_scale=True, disable=None)
     try:
         with open(directory / TOKENS, "r+b") as tokens, open(directory / PIECES, "r+") as journal, bar:
@@ -324,15 +282,12 @@ def append(directory, pieces, lines, dtype, workers):
             journal.seek(sum(map(len, lines)))
             for file in (tokens, journal):
                 file.truncate()
-            for data, line in in_order(pool, tokenise, range(len(lines), len(pieces)), 2 * workers):
+            for data, line in in_order(pool, work.tokenise, range(len(lines), len(pieces)), 2 * workers):
                 for file, new in ((tokens, data), (journal, line)):
                     file.write(new)
                     file.flush()
                     os.fsync(file.fileno())
                 bar.update(min(pieces.size, bar.total - bar.n))
-    except BrokenProcessPool:
-        raise UserError(f"a process ended before its work did, perhaps for want of memory; go on with fewer than {workers} "
-                        f"--workers") from None
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -384,7 +339,7 @@ def main(args=None):
     parser.add_argument("paths", metavar="PATH", nargs="+", help=f"{', '.join(SUFFIXES)}, .jsonl, or a directory")
     parser.add_argument("--tokenizer", default="gpt2", help=f"{', '.join(KINDS)}, or a directory; default: gpt2")
     parser.add_argument("--vocab-size", type=WHOLE, default=1024, help=f"ids of a bpe, {END} included; default: 1024")
-    parser.add_argument("--workers", type=WHOLE, default=os.cpu_count(), help="processes; default: one for each core")
+    parser.add_argument("--workers", type=WHOLE, default=os.cpu_count(), help="threads; default: one for each core")
     args = parser.parse_args(args)
     if not 1 <= args.workers <= 1024:
         raise UserError(f"--workers {args.workers} must be from 1 to 1024")

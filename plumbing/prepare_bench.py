@@ -1,0 +1,106 @@
+"""bench.py prepare: how fast texts are tokenised, in turns with tiktoken's own batches, and how soon a training can begin."""
+
+import os
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from plumbing.data import DataConfig, load_data
+from plumbing.errors import REAL, WHOLE, UserError
+from plumbing.files import read_json, write_json
+from plumbing.machine import fresh, machine, resident
+from plumbing.prepare import MANIFEST, PIECE, PIECES, TOKENS, Pieces, prepare, sources
+from plumbing.tokenizers import load_tokenizer
+
+BATCH = 64     # texts of 1 MiB that tiktoken gets at a time: enough that its threads end at nearly the same time
+BLOCK = 2**26  # bytes of random ids, of which a large file is made
+
+
+def add_arguments(parser):
+    add = parser.add_argument
+    add("paths", metavar="PATH", nargs="+", help="what plumbing/prepare.py reads")
+    add("--tokenizer", default="gpt2", help="gpt2, bpe, byte, or a directory; default: gpt2")
+    add("--workers", type=WHOLE, default=os.cpu_count(), help="threads of each; default: one for each core")
+    add("--pairs", type=WHOLE, default=3, help="measurements of each kind")
+    add("--gigabytes", type=REAL, default=1.0, help="size of the file of ids that a training begins with")
+    add("--json", action="store_true", help="one JSON object")
+
+
+def measure_prepare(directory, paths, tokenizer, workers):
+    """Seconds from the first look at the texts to the last id on the disk, tokenizer included."""
+    start = time.perf_counter()
+    ids = prepare(directory, paths, tokenizer, 1024, workers).ids
+    return time.perf_counter() - start, len(ids)
+
+
+def measure_tiktoken(directory, paths, workers):
+    """Seconds in encode_ordinary_batch() for the same texts, which are read, decoded and cut for it before."""
+    bpe, pieces, seconds, ids = load_tokenizer(directory).bpe, Pieces(sources(paths), 2**20), 0, 0
+    for first in range(0, len(pieces), BATCH):
+        texts = [text for k in range(first, min(first + BATCH, len(pieces))) for _, text in pieces.texts(k)]
+        start = time.perf_counter()
+        lists = bpe.encode_ordinary_batch(texts, num_threads=workers)
+        seconds, ids = seconds + time.perf_counter() - start, ids + sum(map(len, lists))
+    return seconds, ids
+
+
+def enlarge(directory, size):
+    """Make the file of ids in a prepared directory at least `size` bytes of random ids, and not in the page cache."""
+    block = torch.randint(2**15, (BLOCK // 2,), dtype=torch.int16).numpy().tobytes()
+    blocks = -(-size // BLOCK)
+    with open(Path(directory, TOKENS), "wb") as file:
+        for _ in range(blocks):
+            file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    n, manifest = PIECE // 4, Path(directory, MANIFEST)  # ids of a usual piece
+    Path(directory, PIECES).write_text(f"{n} {n} {'0' * 64}\n" * (blocks * BLOCK // 2 // n))
+    write_json(manifest, read_json(manifest) | {"pieces": blocks * BLOCK // 2 // n})
+
+
+def measure_start(directory, block_size):
+    """Seconds until the first batch is there, and the memory for it beyond what torch and the code take."""
+    before, start = resident("VmRSS"), time.perf_counter()
+    data, _ = load_data(DataConfig(directory), seq2seq=False)
+    data.batch_at(0, batch_size=12, block_size=block_size)
+    return time.perf_counter() - start, resident("VmHWM") - before
+
+
+def measure(args):
+    """All that was measured, as a dict."""
+    if args.pairs < 1 or args.workers < 1 or not 0 < args.gigabytes < 1e6:
+        raise UserError(f"--pairs {args.pairs}, --workers {args.workers} and --gigabytes {args.gigabytes} must be above 0")
+    files, ours, theirs = sources(args.paths), [], []
+    paths = [os.path.abspath(path) for path in args.paths]
+    tokenizer = os.path.abspath(args.tokenizer) if os.path.isdir(args.tokenizer) else args.tokenizer
+    size, free = int(args.gigabytes * 1e9), shutil.disk_usage(tempfile.gettempdir()).free
+    if free < size + 2 * sum(size for _, size, _ in files):
+        raise UserError(f"--gigabytes {args.gigabytes} and the texts' ids do not fit in the {free / 1e9:.1f} GB free in "
+                        f"{tempfile.gettempdir()}: set TMPDIR to a folder with more")
+    with tempfile.TemporaryDirectory() as folder:
+        for n in range(args.pairs):
+            directory = str(Path(folder, str(n)))
+            ours.append(fresh(measure_prepare, directory, paths, tokenizer, args.workers))
+            theirs.append(fresh(measure_tiktoken, directory, paths, args.workers))
+        enlarge(directory, size)
+        starts = {block: fresh(measure_start, directory, block) for block in (1024, 64)}
+    return {"machine": machine("cpu"), "bytes": sum(size for _, size, _ in files), "files": len(files), "workers": args.workers,
+            "tokenizer": args.tokenizer, "ours": ours, "tiktoken": theirs, "gigabytes": args.gigabytes, "starts": starts}
+
+
+def table(r):
+    """The measurements as text."""
+    mb, spread = r["bytes"] / 1e6, lambda of: f"{median(of):.2f} ({min(of):.2f} to {max(of):.2f})"
+    lines = [f"prepare {r['files']:,} files, {mb:,.1f} MB, {r['tokenizer']}, {r['workers']} at work; medians of "
+             f"{len(r['ours'])}", r["machine"]]
+    lines += [f"{name:26} {spread([mb / seconds for seconds, _ in r[key]])} MB/s, {r[key][0][1]:,} ids"
+              for name, key in {"texts to ids on the disk": "ours", "tiktoken's batches alone": "tiktoken"}.items()]
+    lines.append(f"{'ratio':26} {spread([b / a for (a, _), (b, _) in zip(r['ours'], r['tiktoken'])])}")
+    lines += [f"{r['gigabytes']} GB of ids, windows of {block}: a batch after {seconds:.3f} s, with {size / 1e6:.1f} MB"
+              for block, (seconds, size) in r["starts"].items()]
+    return "\n  ".join(lines)
