@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import regex
 import tiktoken
-from tiktoken_ext.openai_public import r50k_pat_str as WORDS  # cuts a text as GPT-2 does; merges stay inside
 
 from plumbing.errors import UserError
 from plumbing.files import fetch, read_json, read_text, write_json
@@ -34,6 +33,10 @@ LETTER = {b: chr(b) for b in PRINTABLE}
 LETTER |= {b: chr(256 + n) for n, b in enumerate(b for b in range(256) if b not in LETTER)}
 BYTE = {letter: b for b, letter in LETTER.items()}
 
+# Cuts a text as GPT-2 does; merges stay inside. tiktoken's own pattern says the same with a possessive quantifier in every
+# branch, which its regular expressions can only take by steps; the one that is left keeps white space at the end off the
+# stack.
+WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s++$|\s+(?!\S)|\s"
 WHITE = regex.compile(r"\p{White_Space}{500,}+")
 SPECIAL = regex.compile(r"<.*>|\[.*\]|madeupword\d+")  # how vocabularies spell entries that no text produces
 
