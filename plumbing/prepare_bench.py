@@ -7,7 +7,9 @@ import time
 from pathlib import Path
 from statistics import median
 
+import tiktoken
 import torch
+from tiktoken_ext.openai_public import r50k_pat_str
 
 from plumbing.data import DataConfig, load_data
 from plumbing.errors import REAL, WHOLE, UserError
@@ -31,21 +33,26 @@ def add_arguments(parser):
 
 
 def measure_prepare(directory, paths, tokenizer, workers):
-    """Seconds from the first look at the texts to the last id on the disk, tokenizer included."""
-    start = time.perf_counter()
+    """Seconds from the first look at the texts to the last id on the disk, and of all cores; and how many ids."""
+    start, busy = time.perf_counter(), time.process_time()
     ids = prepare(directory, paths, tokenizer, 1024, workers).ids
-    return time.perf_counter() - start, len(ids)
+    return time.perf_counter() - start, time.process_time() - busy, len(ids)
 
 
 def measure_tiktoken(directory, paths, workers):
-    """Seconds in encode_ordinary_batch() for the same texts, which are read, decoded and cut for it before."""
-    bpe, pieces, seconds, ids = load_tokenizer(directory).bpe, Pieces(sources(paths), 2**20), 0, 0
+    """
+    The same of encode_ordinary_batch() alone, with GPT-2's pattern as tiktoken has it: the tokenizer is there, and the texts
+    are read, decoded and cut before.
+    """
+    ours, pieces, seconds, busy, ids = load_tokenizer(directory).bpe, Pieces(sources(paths), 2**20), 0, 0, 0
+    bpe = tiktoken.Encoding("theirs", pat_str=r50k_pat_str, special_tokens={}, mergeable_ranks=ours._mergeable_ranks)
     for first in range(0, len(pieces), BATCH):
         texts = [text for k in range(first, min(first + BATCH, len(pieces))) for _, text in pieces.texts(k)]
-        start = time.perf_counter()
+        start, before = time.perf_counter(), time.process_time()
         lists = bpe.encode_ordinary_batch(texts, num_threads=workers)
-        seconds, ids = seconds + time.perf_counter() - start, ids + sum(map(len, lists))
-    return seconds, ids
+        seconds, busy = seconds + time.perf_counter() - start, busy + time.process_time() - before
+        ids += sum(map(len, lists))
+    return seconds, busy, ids
 
 
 def enlarge(directory, size):
@@ -98,9 +105,11 @@ def table(r):
     mb, spread = r["bytes"] / 1e6, lambda of: f"{median(of):.2f} ({min(of):.2f} to {max(of):.2f})"
     lines = [f"prepare {r['files']:,} files, {mb:,.1f} MB, {r['tokenizer']}, {r['workers']} at work; medians of "
              f"{len(r['ours'])}", r["machine"]]
-    lines += [f"{name:26} {spread([mb / seconds for seconds, _ in r[key]])} MB/s, {r[key][0][1]:,} ids"
+    lines += [f"{name:26} {spread([mb / seconds for seconds, *_ in r[key]])} MB/s, {spread([mb / busy for _, busy, _ in r[key]])} of a core; "
+              f"{r[key][0][2]:,} ids"
               for name, key in {"texts to ids on the disk": "ours", "tiktoken's batches alone": "tiktoken"}.items()]
-    lines.append(f"{'ratio':26} {spread([b / a for (a, _), (b, _) in zip(r['ours'], r['tiktoken'])])}")
+    ratios = [[theirs[i] / ours[i] for ours, theirs in zip(r["ours"], r["tiktoken"])] for i in (0, 1)]
+    lines.append(f"{'ratio':26} {spread(ratios[0])}, {spread(ratios[1])} of a core")
     lines += [f"{r['gigabytes']} GB of ids, windows of {block}: a batch after {seconds:.3f} s, with {size / 1e6:.1f} MB"
               for block, (seconds, size) in r["starts"].items()]
     return "\n  ".join(lines)
