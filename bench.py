@@ -23,7 +23,8 @@ requests, here and in other engines, against what the machine can read, and pred
 and measures twenty settings. prefill times their first tokens, against what the machine can multiply, train the steps
 of a training. trace prints the shape of every matrix product, which are fixed and which grow. report writes a page that
 shows the decoding step by step. load says how long load_pretrained takes beside merely reading the file, and how much
-memory, prepare how fast texts are tokenised and how soon a training on them begins. attention measures the sparse patterns and shared heads by themselves. All decode greedily.
+memory, prepare how fast texts are tokenised and how soon a training on them begins. attention measures the sparse
+patterns and shared heads by themselves. All decode greedily.
 """
 
 import json
@@ -216,7 +217,8 @@ def main(args=None):
         pairs.add_arguments(sections.add_parser(name, description=pairs.__doc__), name)
     words = speed.joined(sys.argv[1:] if args is None else args)
     args = parser.parse_args(words)
-    others = dict.fromkeys(MEASURED, print_measured) | dict.fromkeys(pairs.WAYS, compare_ways) | {"attention": attention}
+    others = dict.fromkeys(MEASURED, print_measured) | dict.fromkeys(pairs.WAYS, compare_ways)
+    others["attention"] = attention
     if args.section in others:
         return others[args.section](args)
     if args.section == "decode" and args.model is None and args.random is None:

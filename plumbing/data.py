@@ -42,7 +42,7 @@ SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2d
 
 @dataclass(slots=True)
 class DataConfig:
-    source: str = "pydoc"      # text: pydoc, shakespeare, a file, a directory, also a prepared one; pairs: TASKS, .jsonl
+    source: str = "pydoc"      # text: pydoc, shakespeare, a path, what plumbing/prepare.py made; pairs: TASKS, .jsonl
     noise: str | None = None   # one of NOISES: a BART restores a text that this was done to; None: it learns pairs
     tokenizer: str = "bpe"     # byte, char, bpe or gpt2; what was prepared has its own
     vocab_size: int = 1024     # ids of a bpe, special ones included
@@ -82,7 +82,8 @@ def load_data(config, *, seq2seq, tokenizer=None):
         raise UserError(f"data.noise is {config.noise!a}, and a GPT trains on a text as it is; leave it out")
     if is_prepared(config.source):
         if seq2seq:
-            raise UserError(f"{config.source} was prepared, for a GPT; a BART's data.source is {', '.join(TASKS)}, or texts")
+            raise UserError(f"{config.source} was prepared, for a GPT; a BART's data.source is {', '.join(TASKS)}, or "
+                            f"texts")
         return PreparedData.load(config, tokenizer)
     paired, source = seq2seq and not config.noise, config.source
     if (source in TASKS or paired and is_pairs(source)) != paired:  # of a directory either may be read
@@ -168,7 +169,7 @@ class PreparedData(TextData):
     def __init__(self, name, found, val_fraction, seed):
         cut = int(len(found.ids) * (1 - val_fraction))
         if not 0 < cut < len(found.ids):
-            raise UserError(f"{name} has {len(found.ids)} tokens, too few to hold out {val_fraction}; prepare more text")
+            raise UserError(f"{name} has {len(found.ids)} tokens, too few to hold out {val_fraction}; prepare more")
         self.seed, self.name = seed, name
         self.train, self.val = Mapped(found.ids[:cut]), Mapped(found.ids[cut:])
         self.chars_per_token = found.characters_from(cut) / len(self.val)
@@ -180,8 +181,8 @@ class PreparedData(TextData):
         found = Prepared(config.source)
         own = found.tokenizer
         if tokenizer is not None and (tokenizer.tokens, tokenizer.specials) != (own.tokens, own.specials):
-            raise UserError(f"{config.source} was prepared with another tokenizer than the model's: prepare the texts again "
-                            f"with --tokenizer and the model's directory")
+            raise UserError(f"{config.source} was prepared with another tokenizer than the model's: prepare the texts "
+                            f"again with --tokenizer and the model's directory")
         return cls(config.source, found, config.val_fraction, config.seed), own
 
 
@@ -256,8 +257,8 @@ def permutation(n, *key):
 
 def scatter(x, n, *key):
     """
-    Where a permutation of range(n) takes x (k,), int64: a Feistel network permutes the smallest square of a power of two
-    that has room for n, and is entered again until what comes out is below n (Black and Rogaway 2002). Nothing is stored.
+    Where a permutation of range(n) takes x (k,), int64, without a table: a Feistel network permutes the smallest square
+    of a power of two with room for n, and is entered again until what comes out is below n (Black and Rogaway 2002).
     """
     half = (n - 1).bit_length() + 1 >> 1
     low, rounds = 2**half - 1, torch.randint(2**31, (ROUNDS, 2), generator=generator("scatter", *key)).tolist()

@@ -5,10 +5,10 @@ Tokenise texts once, so that trainings on them start at once and hold none of th
     python train.py configs/gpt2-124m.toml --data.source=out/tokens
 
 A path is a text, a .jsonl file with lines {"text": ...}, or a directory of such files. Each file, or line, is a
-document, and <|endoftext|> stands between two ("\\n" where a vocabulary has no such id). The directory holds tokens.bin,
-all ids one after the other, pieces.txt with a line for each piece of the texts that is in there, prepared.json, and the
-tokenizer. A run that was killed goes on after its last piece when it is started again. Nothing here is about
-windows, or which part is held out: that is for a training to choose.
+document, and <|endoftext|> stands between two ("\\n" where a vocabulary has no such id). The directory holds
+tokens.bin, all ids one after the other, pieces.txt, with a line for each piece of the texts that is in there,
+prepared.json, and the tokenizer. A run that was killed goes on after its last piece when it is started again. Nothing
+here is about windows, or which part is held out: that is for a training to choose.
 """
 
 import fcntl
@@ -37,7 +37,7 @@ FAR = 2**28           # bytes in which there has to be a place to cut at
 SAMPLE = 4            # pieces, spread over the texts, that a bpe is learnt from
 
 # GPT-2's pattern ends a token before the last white character in front of a word, so cutting there changes no id. In
-# UTF-8, what is not ASCII is known by its first byte; the three with which some white characters begin are left out.
+# UTF-8, what is not ASCII is known by its first byte; those with which some white characters begin are left out.
 SPLIT = re.compile(rb"[\t-\r ](?=[^\t-\r \x80-\xbf\xc2\xe1-\xe3]|\xe3[^\x80])")
 LINE = re.compile(rb"(?<=\n)")
 DONE = re.compile(r"\d+ \d+ [0-9a-f]{64}\n")  # tokens, characters, and the hash of the ids, of a piece
@@ -57,7 +57,7 @@ def sources(paths):
 
 
 class Pieces:
-    """Files in a row, as pieces of `size` bytes: where one really ends is the next place to cut at, for whoever asks."""
+    """Files in a row, as pieces of `size` bytes; each really ends at the next place to cut at, the same for all."""
 
     def __init__(self, files, size):
         self.files, self.size = files, size
@@ -111,7 +111,7 @@ def document(path, start, n, line):
             raise UserError(f"'text' is {text!a:.60}; it must be a text")
         return text
     except UserError as error:
-        with open(path, "rb") as file:  # only now: counting the lines of every piece would read the file again and again
+        with open(path, "rb") as file:  # only now: to count the lines before every piece takes longer than all else
             for at in range(0, start, 2**20):
                 n += file.read(min(2**20, start - at)).count(b"\n")
         raise UserError(f"{path}, line {n}: {error}") from None
@@ -122,7 +122,7 @@ def document(path, start, n, line):
 
 
 class Work:
-    """What all threads share; nearly all of their time goes by in tiktoken, where they do not wait for each other."""
+    """What all threads share. Nearly all of their time is tiktoken's, in which they do not wait for each other."""
 
     def __init__(self, pieces, tokenizer, dtype):
         self.pieces, self.tokenizer, self.dtype = pieces, tokenizer, dtype
@@ -135,7 +135,8 @@ class Work:
         parts = []
         for begins, text in self.pieces.texts(k):
             parts += [self.between] * begins + [self.tokenizer.encode_array(text)]
-        ids = np.concatenate(parts[k == 0:] or [self.between[:0]]).astype(self.dtype)  # before the first document is nothing
+        parts = parts[k == 0:] or [self.between[:0]]  # nothing stands before the first document
+        ids = np.concatenate(parts).astype(self.dtype)
         return ids.tobytes(), f"{len(ids)} {self.sizes[ids].sum()} {hashlib.sha256(ids).hexdigest()}\n"
 
 
@@ -187,8 +188,8 @@ def named(tokenizer, vocab_size):
         return f"bpe of {vocab_size}" if tokenizer == "bpe" else tokenizer
     held = load_tokenizer(tokenizer) if os.path.isdir(tokenizer) else None
     if held is None or held.seq2seq:
-        raise UserError(f"the tokenizer {tokenizer!a} is {'a BART' if held else 'none'}; choose {', '.join(KINDS)}, or the "
-                        f"directory of a GPT")
+        raise UserError(f"the tokenizer {tokenizer!a} is {'a BART' if held else 'none'}; choose {', '.join(KINDS)}, or "
+                        f"the directory of a GPT")
     return hashlib.sha256(repr((held.tokens, held.specials)).encode()).hexdigest()
 
 
@@ -213,7 +214,7 @@ def letters(pieces):
 
 
 def begun(directory, asked, tokenizer):
-    """Make the directory, with all but the ids: beside its place, so that a kill leaves all of this there or nothing."""
+    """Make the directory, with all but the ids: beside its place, so that a kill leaves all of it there or nothing."""
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise UserError(f"{directory} is there and holds something else; name a new directory")
     beside = directory.with_name(f".tmp-{directory.name}")
@@ -257,7 +258,7 @@ def unchanged(directory, asked):
     said = manifest_of(directory)
     for then, now in zip(said["files"], asked["files"]):
         if then != now:
-            raise UserError(f"{now[0]} is {now}, and was {then} when {directory} was begun; remove {directory} to begin again")
+            raise UserError(f"{now[0]} is {now}, and was {then} when {directory} was begun; remove it to begin again")
     for key, now in asked.items():
         then = said.get(key)
         if then != now:
@@ -308,8 +309,8 @@ def is_prepared(source):
 
 class Prepared:
     """
-    What a directory holds: ids, a memory map (tokens,), of which nothing is read, the tokenizer, and `sha256`, of what is
-    said of the pieces, which has the hash of each. Raises UserError if it is not finished or not whole.
+    What a directory holds: ids, a memory map (tokens,), of which nothing is read, the tokenizer, and the sha256 of all
+    that is said of the pieces, the hash of each among it. Raises UserError if it is not finished or not whole.
     """
 
     def __init__(self, directory):
@@ -321,8 +322,8 @@ class Prepared:
         (tokens, self.characters), dtype = counted(self.lines), np.dtype(said["dtype"])
         size = os.path.getsize(directory / TOKENS)
         if not size or size != tokens * dtype.itemsize:
-            raise UserError(f"{directory / TOKENS} has {size:,} bytes, and {tokens:,} ids of {dtype.itemsize} should be in "
-                            f"it; remove {directory} and prepare it again from texts that are not empty")
+            raise UserError(f"{directory / TOKENS} has {size:,} bytes, and {tokens:,} ids of {dtype.itemsize} should "
+                            f"be in it; remove {directory} and prepare it again from texts that are not empty")
         self.ids = np.memmap(directory / TOKENS, dtype, "r")
         self.sha256 = hashlib.sha256("".join(self.lines).encode()).hexdigest()
 

@@ -1,4 +1,4 @@
-"""bench.py prepare: how fast texts are tokenised, in turns with tiktoken's own batches, and how soon a training can begin."""
+"""bench.py prepare: how fast texts are tokenised, beside tiktoken's own batches, and how soon a training begins."""
 
 import os
 import shutil
@@ -41,8 +41,8 @@ def measure_prepare(directory, paths, tokenizer, workers):
 
 def measure_tiktoken(directory, paths, workers):
     """
-    The same of encode_ordinary_batch() alone, with GPT-2's pattern as tiktoken has it: the tokenizer is there, and the texts
-    are read, decoded and cut before.
+    The same of encode_ordinary_batch() alone, with GPT-2's pattern as tiktoken has it: the tokenizer is there, and the
+    texts are read, decoded and cut before.
     """
     ours, pieces, seconds, busy, ids = load_tokenizer(directory).bpe, Pieces(sources(paths), 2**20), 0, 0, 0
     bpe = tiktoken.Encoding("theirs", pat_str=r50k_pat_str, special_tokens={}, mergeable_ranks=ours._mergeable_ranks)
@@ -81,13 +81,13 @@ def measure_start(directory, block_size):
 def measure(args):
     """All that was measured, as a dict."""
     if args.pairs < 1 or args.workers < 1 or not 0 < args.gigabytes < 1e6:
-        raise UserError(f"--pairs {args.pairs}, --workers {args.workers} and --gigabytes {args.gigabytes} must be above 0")
+        raise UserError(f"--pairs {args.pairs}, --workers {args.workers}, --gigabytes {args.gigabytes} must be above 0")
     files, ours, theirs = sources(args.paths), [], []
     paths = [os.path.abspath(path) for path in args.paths]
     tokenizer = os.path.abspath(args.tokenizer) if os.path.isdir(args.tokenizer) else args.tokenizer
     size, free = int(args.gigabytes * 1e9), shutil.disk_usage(tempfile.gettempdir()).free
     if free < size + 2 * sum(size for _, size, _ in files):
-        raise UserError(f"--gigabytes {args.gigabytes} and the texts' ids do not fit in the {free / 1e9:.1f} GB free in "
+        raise UserError(f"--gigabytes {args.gigabytes} and the texts' ids do not fit in {free / 1e9:.1f} GB, free in "
                         f"{tempfile.gettempdir()}: set TMPDIR to a folder with more")
     with tempfile.TemporaryDirectory() as folder:
         for n in range(args.pairs):
@@ -96,18 +96,20 @@ def measure(args):
             theirs.append(fresh(measure_tiktoken, directory, paths, args.workers))
         enlarge(directory, size)
         starts = {block: fresh(measure_start, directory, block) for block in (1024, 64)}
-    return {"machine": machine("cpu"), "bytes": sum(size for _, size, _ in files), "files": len(files), "workers": args.workers,
-            "tokenizer": args.tokenizer, "ours": ours, "tiktoken": theirs, "gigabytes": args.gigabytes, "starts": starts}
+    return {"machine": machine("cpu"), "bytes": sum(size for _, size, _ in files), "files": len(files), "ours": ours,
+            "tiktoken": theirs, "workers": args.workers, "tokenizer": args.tokenizer, "gigabytes": args.gigabytes,
+            "starts": starts}
 
 
 def table(r):
     """The measurements as text."""
-    mb, spread = r["bytes"] / 1e6, lambda of: f"{median(of):.2f} ({min(of):.2f} to {max(of):.2f})"
+    mb, kinds = r["bytes"] / 1e6, {"texts to ids on the disk": "ours", "tiktoken's batches alone": "tiktoken"}
+    spread = lambda of: f"{median(of):.2f} ({min(of):.2f} to {max(of):.2f})"
     lines = [f"prepare {r['files']:,} files, {mb:,.1f} MB, {r['tokenizer']}, {r['workers']} at work; medians of "
              f"{len(r['ours'])}", r["machine"]]
-    lines += [f"{name:26} {spread([mb / seconds for seconds, *_ in r[key]])} MB/s, {spread([mb / busy for _, busy, _ in r[key]])} of a core; "
-              f"{r[key][0][2]:,} ids"
-              for name, key in {"texts to ids on the disk": "ours", "tiktoken's batches alone": "tiktoken"}.items()]
+    lines += [f"{name:26} {spread([mb / seconds for seconds, *_ in r[key]])} MB/s, "
+              f"{spread([mb / busy for _, busy, _ in r[key]])} of a core; {r[key][0][2]:,} ids"
+              for name, key in kinds.items()]
     ratios = [[theirs[i] / ours[i] for ours, theirs in zip(r["ours"], r["tiktoken"])] for i in (0, 1)]
     lines.append(f"{'ratio':26} {spread(ratios[0])}, {spread(ratios[1])} of a core")
     lines += [f"{r['gigabytes']} GB of ids, windows of {block}: a batch after {seconds:.3f} s, with {size / 1e6:.1f} MB"

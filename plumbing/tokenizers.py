@@ -33,9 +33,9 @@ LETTER = {b: chr(b) for b in PRINTABLE}
 LETTER |= {b: chr(256 + n) for n, b in enumerate(b for b in range(256) if b not in LETTER)}
 BYTE = {letter: b for b, letter in LETTER.items()}
 
-# Cuts a text as GPT-2 does; merges stay inside. tiktoken's own pattern says the same with a possessive quantifier in every
-# branch, which its regular expressions can only take by steps; the one that is left keeps white space at the end off the
-# stack.
+# Cuts a text as GPT-2 does; merges stay inside. tiktoken's own pattern says the same with a possessive quantifier in
+# every branch, which its regular expressions can only take in steps; the one that is left keeps white space at the end
+# off the stack.
 WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s++$|\s+(?!\S)|\s"
 WHITE = regex.compile(r"\p{White_Space}{500,}+")
 SPECIAL = regex.compile(r"<.*>|\[.*\]|madeupword\d+")  # how vocabularies spell entries that no text produces
@@ -144,8 +144,9 @@ class BPETokenizer(Tokenizer):
         # Such a run holds 250 characters between two multiples of 250, which is soon seen to be nowhere.
         long = any(text[n:n + 250].isspace() for n in range(0, len(text), 250))
         cuts = [run.end() - 1 for run in (WHITE.finditer(text) if long else ()) if run.end() < len(text)]
-        try:  # a special token that is neither allowed nor disallowed is text, and one that is there is searched for fast
-            parts = [self.bpe.encode_to_numpy(text[a:b], disallowed_special=()) for a, b in zip([0, *cuts], [*cuts, None])]
+        try:  # a special token that is neither allowed nor disallowed is text; without any, looking for none is slow
+            parts = [self.bpe.encode_to_numpy(text[a:b], disallowed_special=())
+                     for a, b in zip([0, *cuts], [*cuts, None])]
         except UnicodeEncodeError:
             return self.encode_array(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
         return self.table[np.concatenate(parts)]
