@@ -57,7 +57,7 @@ def measure_tiktoken(directory, paths, workers):
 
 def enlarge(directory, size):
     """Make the file of ids in a prepared directory at least `size` bytes of random ids, and not in the page cache."""
-    block = torch.randint(2**15, (BLOCK // 2,), dtype=torch.int16).numpy().tobytes()
+    block = torch.randint(256, (BLOCK // 2,), dtype=torch.int16).numpy().tobytes()
     blocks = -(-size // BLOCK)
     with open(Path(directory, TOKENS), "wb") as file:
         for _ in range(blocks):

@@ -20,8 +20,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_tokenizers import TEXT, UGLY, gpt2_directory
 
+import bench
 import train
-from plumbing import data, prepare
+from plumbing import data, prepare, prepare_bench
 from plumbing.data import DataConfig, TextData, load_data
 from plumbing.errors import UserError
 from plumbing.prepare import PIECES, TOKENS, Pieces, Prepared, in_order, sources
@@ -514,3 +515,24 @@ def test_texts_without_a_word_are_refused_in_the_end(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": ""}\n')
     with pytest.raises(UserError, match="from texts that are not empty"):
         made(tmp_path / "out", tmp_path / "a.jsonl")
+
+
+# -----------------------------------------------------------------------------
+# Measuring it
+
+
+def test_the_bench_finds_the_same_ids_and_begins_with_a_file_of_the_size_that_was_asked_for(tmp_path, monkeypatch):
+    sizes, enlarge = [], prepare_bench.enlarge
+    monkeypatch.setattr(prepare_bench, "fresh", lambda function, *args: function(*args))
+    monkeypatch.setattr(prepare_bench, "BLOCK", 2**22)
+    monkeypatch.setattr(prepare_bench, "enlarge", lambda directory, size: (
+        enlarge(directory, size), sizes.append(os.path.getsize(Path(directory, TOKENS)))))
+    (tmp_path / "a.txt").write_text(ASCII)
+    args = ("prepare", tmp_path / "a.txt", "--tokenizer=bpe", "--pairs=2", "--gigabytes=0.005", "--json")
+    found = json.loads(call(bench.main, *args).out)
+    ids = {ids for key in ("ours", "tiktoken") for *_, ids in found[key]}
+    assert len(ids) == 1 and len(found["ours"]) == 2 and found["bytes"] == len(ASCII) and sizes == [2**23]
+    assert "ratio" in prepare_bench.table(found) and found["starts"].keys() == {"1024", "64"}
+    for wrong in ("--pairs=0", "--gigabytes=0", "--gigabytes=900000"):
+        done = call(bench.main, *args, wrong)
+        assert done.code == 2 and wrong.split("=")[0] in done.err and done.err.count("\n") == 1
