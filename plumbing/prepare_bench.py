@@ -16,7 +16,7 @@ from plumbing.errors import REAL, WHOLE, UserError
 from plumbing.files import read_json, write_json
 from plumbing.machine import fresh, machine, resident
 from plumbing.prepare import MANIFEST, PIECE, PIECES, TOKENS, Pieces, prepare, sources
-from plumbing.tokenizers import load_tokenizer
+from plumbing.tokenizers import BPETokenizer, load_tokenizer
 
 BATCH = 64     # texts of 1 MiB that tiktoken gets at a time: enough that its threads end at nearly the same time
 BLOCK = 2**26  # bytes of random ids, of which a large file is made
@@ -44,8 +44,11 @@ def measure_tiktoken(directory, paths, workers):
     The same of encode_ordinary_batch() alone, with GPT-2's pattern as tiktoken has it: the tokenizer is there, and the
     texts are read, decoded and cut before.
     """
-    ours, pieces, seconds, busy, ids = load_tokenizer(directory).bpe, Pieces(sources(paths), 2**20), 0, 0, 0
-    bpe = tiktoken.Encoding("theirs", pat_str=r50k_pat_str, special_tokens={}, mergeable_ranks=ours._mergeable_ranks)
+    tokenizer, pieces, seconds, busy, ids = load_tokenizer(directory), Pieces(sources(paths), 2**20), 0, 0, 0
+    if not isinstance(tokenizer, BPETokenizer):
+        raise UserError("--tokenizer is of single characters, which tiktoken has not: choose gpt2, bpe or byte")
+    bpe = tiktoken.Encoding("theirs", pat_str=r50k_pat_str, special_tokens={},
+                            mergeable_ranks=tokenizer.bpe._mergeable_ranks)
     for first in range(0, len(pieces), BATCH):
         texts = [text for k in range(first, min(first + BATCH, len(pieces))) for _, text in pieces.texts(k)]
         start, before = time.perf_counter(), time.process_time()

@@ -533,6 +533,6 @@ def test_the_bench_finds_the_same_ids_and_begins_with_a_file_of_the_size_that_wa
     ids = {ids for key in ("ours", "tiktoken") for *_, ids in found[key]}
     assert len(ids) == 1 and len(found["ours"]) == 2 and found["bytes"] == len(ASCII) and sizes == [2**23]
     assert "ratio" in prepare_bench.table(found) and found["starts"].keys() == {"1024", "64"}
-    for wrong in ("--pairs=0", "--gigabytes=0", "--gigabytes=900000"):
+    for wrong in ("--pairs=0", "--gigabytes=0", "--gigabytes=900000", "--tokenizer=char"):
         done = call(bench.main, *args, wrong)
         assert done.code == 2 and wrong.split("=")[0] in done.err and done.err.count("\n") == 1
