@@ -10,6 +10,7 @@ Measure what the README claims, on your machine.
     python bench.py trace --model out/bart-headline --prompt-file article.txt
     python bench.py report --model out/bart-headline --prompt-file article.txt --output page.html
     python bench.py load --random gpt2-xl --dtype bfloat16 --device cuda
+    python bench.py prepare corpus.txt --gigabytes 10
     python bench.py attention --plot attention.png
     python bench.py batch --random gpt2 --prompt-tokens 32 --max-new-tokens 64
     python bench.py beams --random bart-large --prompt-tokens 1024 --max-new-tokens 60 --beams 4
@@ -22,7 +23,8 @@ requests, here and in other engines, against what the machine can read, and pred
 and measures twenty settings. prefill times their first tokens, against what the machine can multiply, train the steps
 of a training. trace prints the shape of every matrix product, which are fixed and which grow. report writes a page that
 shows the decoding step by step. load says how long load_pretrained takes beside merely reading the file, and how much
-memory. attention measures the sparse patterns and shared heads by themselves. All decode greedily.
+memory, prepare how fast texts are tokenised and how soon a training on them begins. attention measures the sparse
+patterns and shared heads by themselves. All decode greedily.
 """
 
 import json
@@ -41,7 +43,7 @@ from tqdm import tqdm
 from compare import compare
 from cost import attention_weights, count, matrix
 from generate import find_strategy, generate, strategies
-from plumbing import attention_bench, cli, load_bench, pairs, report, speed, train_bench
+from plumbing import attention_bench, cli, load_bench, pairs, prepare_bench, report, speed, train_bench
 from plumbing.machine import fresh, machine
 from plumbing.models import check_memory
 from plumbing.utils import pick_device
@@ -178,8 +180,11 @@ def compare_ways(args):
     print(json.dumps(result) if args.json else f"{result['machine']}\n\n{pairs.table(result)}")
 
 
+MEASURED = {"load": load_bench, "train": train_bench, "prepare": prepare_bench}
+
+
 def print_measured(args):
-    module = {"load": load_bench, "train": train_bench}[args.section]
+    module = MEASURED[args.section]
     result = module.measure(args)
     print(json.dumps(result) if args.json else module.table(result))
 
@@ -205,15 +210,15 @@ def main(args=None):
                                  f"against; each is {cli.STRATEGY}; default: all that the model has")
         if name == "report":
             section.add_argument("--output", metavar="FILE.html", required=True, help="where the page is written")
-    load_bench.add_arguments(sections.add_parser("load", description=load_bench.__doc__))
-    train_bench.add_arguments(sections.add_parser("train", description=train_bench.__doc__))
+    for name, module in MEASURED.items():
+        module.add_arguments(sections.add_parser(name, description=module.__doc__))
     attention_bench.add_arguments(sections.add_parser("attention", description=attention_bench.__doc__))
     for name in pairs.WAYS:
         pairs.add_arguments(sections.add_parser(name, description=pairs.__doc__), name)
     words = speed.joined(sys.argv[1:] if args is None else args)
     args = parser.parse_args(words)
-    others = {"load": print_measured, "train": print_measured, "attention": attention}
-    others |= dict.fromkeys(pairs.WAYS, compare_ways)
+    others = dict.fromkeys(MEASURED, print_measured) | dict.fromkeys(pairs.WAYS, compare_ways)
+    others["attention"] = attention
     if args.section in others:
         return others[args.section](args)
     if args.section == "decode" and args.model is None and args.random is None:

@@ -21,17 +21,20 @@ from itertools import chain
 from pathlib import Path
 from string import ascii_lowercase
 
+import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from plumbing import headlines
 from plumbing.errors import UserError
-from plumbing.files import fetch, json_object, read_bytes, read_text
+from plumbing.files import SUFFIXES, fetch, files, json_object, read_bytes, read_text
+from plumbing.prepare import Prepared, is_prepared
 from plumbing.tokenizers import KINDS, train_tokenizer
 
 IGNORE = -100  # a label that cross_entropy leaves out
 MAX_TEXT_BYTES = 2**30
-SUFFIXES = (".txt", ".md", ".py")  # what is read of a directory
+KEPT = 2**22  # items whose order is a permutation in memory
+ROUNDS = 6    # of a Feistel network: 4 are enough for functions that nobody tells from random ones
 NOISES = ("infill", "permute", "infill+permute")
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -39,11 +42,11 @@ SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2d
 
 @dataclass(slots=True)
 class DataConfig:
-    source: str = "pydoc"      # text: pydoc, shakespeare, path of a file or directory; pairs: one of TASKS, a .jsonl
+    source: str = "pydoc"      # text: pydoc, shakespeare, a path, what plumbing/prepare.py made; pairs: TASKS, .jsonl
     noise: str | None = None   # one of NOISES: a BART restores a text that this was done to; None: it learns pairs
-    tokenizer: str = "bpe"     # byte, char, bpe or gpt2
+    tokenizer: str = "bpe"     # byte, char, bpe or gpt2; what was prepared has its own
     vocab_size: int = 1024     # ids of a bpe, special ones included
-    val_fraction: float = 0.1  # of a text, in characters, held out at its end
+    val_fraction: float = 0.1  # of a text, in characters, held out at its end; of what was prepared, in tokens
     n_train: int = 20_000      # pairs to train on (docstrings, .jsonl: at most)
     n_val: int = 1_000         # pairs held out
     min_length: int = 3        # letters of the strings in reverse and sort
@@ -77,6 +80,11 @@ def load_data(config, *, seq2seq, tokenizer=None):
         raise UserError("the tokenizer is of the other family: a BART's has <s> and </s>, a GPT's has not")
     if config.noise and not seq2seq:
         raise UserError(f"data.noise is {config.noise!a}, and a GPT trains on a text as it is; leave it out")
+    if is_prepared(config.source):
+        if seq2seq:
+            raise UserError(f"{config.source} was prepared, for a GPT; a BART's data.source is {', '.join(TASKS)}, or "
+                            f"texts")
+        return PreparedData.load(config, tokenizer)
     paired, source = seq2seq and not config.noise, config.source
     if (source in TASKS or paired and is_pairs(source)) != paired:  # of a directory either may be read
         family, wanted = ("BART", "pairs") if paired else ("BART with data.noise" if seq2seq else "GPT", "a text")
@@ -133,12 +141,49 @@ class TextData:
 
     def val_batches(self, batch_size, block_size):
         """((idx,), labels) over the whole held-out part, in order; what pads the last row is IGNORE."""
-        ids = torch.cat([self.train[-1:], self.val])
-        room = -len(self.val) % block_size
-        idx = torch.cat([ids[:-1], ids.new_zeros(room)]).view(-1, block_size)
-        labels = torch.cat([ids[1:], ids.new_full((room,), IGNORE)]).view(-1, block_size)
-        for rows in zip(idx.split(batch_size), labels.split(batch_size)):
-            yield (rows[0],), rows[1]
+        last = self.train[-1:]
+        for start in range(0, len(self.val), batch_size * block_size):
+            ids = torch.cat([last, self.val[start:start + batch_size * block_size]])
+            room, last = -(len(ids) - 1) % block_size, ids[-1:]
+            idx = torch.cat([ids[:-1], ids.new_zeros(room)]).view(-1, block_size)
+            yield (idx,), torch.cat([ids[1:], ids.new_full((room,), IGNORE)]).view(-1, block_size)
+
+
+class Mapped:
+    """Ids in a memory map, int64 tensors where they are asked for: what nobody asks for is not in memory."""
+
+    def __init__(self, ids):
+        self.ids = ids
+
+    def __len__(self):
+        return len(self.ids)
+
+    def __getitem__(self, at):
+        """at: a slice, or positions (..)."""
+        return torch.from_numpy(self.ids[at if isinstance(at, slice) else at.numpy()].astype(np.int64))
+
+
+class PreparedData(TextData):
+    """What plumbing/prepare.py made of texts; windows and held-out part are as of a text in memory with these ids."""
+
+    def __init__(self, name, found, val_fraction, seed):
+        cut = int(len(found.ids) * (1 - val_fraction))
+        if not 0 < cut < len(found.ids):
+            raise UserError(f"{name} has {len(found.ids)} tokens, too few to hold out {val_fraction}; prepare more")
+        self.seed, self.name = seed, name
+        self.train, self.val = Mapped(found.ids[:cut]), Mapped(found.ids[cut:])
+        self.chars_per_token = found.characters_from(cut) / len(self.val)
+        self.identity = {"name": name, "sha256": found.sha256, "characters": found.characters, "tokens": len(found.ids)}
+
+    @classmethod
+    def load(cls, config, tokenizer):
+        """The data and its tokenizer. Raises UserError if another one is given."""
+        found = Prepared(config.source)
+        own = found.tokenizer
+        if tokenizer is not None and (tokenizer.tokens, tokenizer.specials) != (own.tokens, own.specials):
+            raise UserError(f"{config.source} was prepared with another tokenizer than the model's: prepare the texts "
+                            f"again with --tokenizer and the model's directory")
+        return cls(config.source, found, config.val_fraction, config.seed), own
 
 
 class PairData:
@@ -210,11 +255,33 @@ def permutation(n, *key):
     return torch.randperm(n, generator=generator("order", *key))
 
 
+def scatter(x, n, *key):
+    """
+    Where a permutation of range(n) takes x (k,), int64, without a table: a Feistel network permutes the smallest square
+    of a power of two with room for n, and is entered again until what comes out is below n (Black and Rogaway 2002).
+    """
+    half = (n - 1).bit_length() + 1 >> 1
+    low, rounds = 2**half - 1, torch.randint(2**31, (ROUNDS, 2), generator=generator("scatter", *key)).tolist()
+    x = x.clone()
+    inside = torch.zeros_like(x, dtype=torch.bool)
+    while not inside.all():
+        left, right = x[~inside] >> half, x[~inside] & low
+        for add, times in rounds:  # a product of numbers below 2**31 is below 2**62: its middle bits are mixed best
+            mixed = ((right + add) & 2**31 - 1) * (times | 1)
+            left, right = right, left ^ (mixed >> 15 ^ mixed >> 31) & low
+        x[~inside] = left << half | right
+        inside = x < n
+    return x
+
+
 def visit(n, batch_size, step, seed):
-    """Which of n items the batch takes, (batch_size,): each once an epoch; a batch may span two."""
-    epoch, skip = divmod(step * batch_size, n)
-    epochs = range(epoch, epoch + (skip + batch_size - 1) // n + 1)
-    return torch.cat([permutation(n, seed, 0, e) for e in epochs])[skip:skip + batch_size]
+    """
+    Which of n items the batch takes, (batch_size,): each once an epoch; a batch may span two. The order of very many is
+    computed rather than kept; of fewer, it is that of the checkpoints that are there.
+    """
+    at = torch.arange(step * batch_size, (step + 1) * batch_size)
+    order = scatter if n > KEPT else lambda x, *key: permutation(*key)[x]
+    return torch.cat([order(at[at // n == e] % n, n, seed, 0, e) for e in (at // n).unique().tolist()])
 
 
 def describe(name, text, tokens):
@@ -242,15 +309,6 @@ def read_source(source):
     if not os.path.isdir(source):
         return read_text(source, MAX_TEXT_BYTES)
     return "\n".join(read_text(path, MAX_TEXT_BYTES) for path in files(source, SUFFIXES))
-
-
-def files(directory, suffixes):
-    """The paths of all files below a directory whose names end so, in order. Raises UserError if there are none."""
-    paths = sorted(Path(folder, file) for folder, _, names in os.walk(directory) for file in names
-                   if file.endswith(suffixes) and Path(folder, file).is_file())
-    if not paths:
-        raise UserError(f"the directory {directory} holds no {', '.join(suffixes)} file; pass one that does")
-    return paths
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -15,17 +15,33 @@ from pathlib import Path
 
 from plumbing.errors import UserError
 
+SUFFIXES = (".txt", ".md", ".py")  # of texts, what is read of a directory
 MAX_BYTES = 64 * 2**20  # of a JSON or vocabulary file; GPT-2's largest has 1 MB, today's models 10 to 20
 
 
-def read_bytes(path, max_bytes=MAX_BYTES):
-    """The bytes of a regular file. A FIFO would block and a device never ends, so the kind is asked first."""
+def regular(path):
+    """The stat of a regular file. A FIFO would block and a device never ends, so the kind is asked first."""
     try:
         info = os.stat(path)
     except (OSError, ValueError) as error:  # ValueError: a path with a null byte in it
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', error)}; check the path") from None
     if not stat.S_ISREG(info.st_mode):
         raise UserError(f"{path} is not a regular file; pass a file that can be read to its end")
+    return info
+
+
+def files(directory, suffixes):
+    """The paths of all files below a directory whose names end so, in order. Raises UserError if there are none."""
+    paths = sorted(Path(folder, file) for folder, _, names in os.walk(directory) for file in names
+                   if file.endswith(suffixes) and Path(folder, file).is_file())
+    if not paths:
+        raise UserError(f"the directory {directory} holds no {', '.join(suffixes)} file; pass one that does")
+    return paths
+
+
+def read_bytes(path, max_bytes=MAX_BYTES):
+    """The bytes of a regular file."""
+    info = regular(path)
     if info.st_size > max_bytes:
         raise UserError(f"{path} has {info.st_size:,} bytes, the limit is {max_bytes:,}; cut it")
     try:

@@ -14,9 +14,9 @@ import tempfile
 from collections import Counter, defaultdict
 from pathlib import Path
 
+import numpy as np
 import regex
 import tiktoken
-from tiktoken_ext.openai_public import r50k_pat_str as WORDS  # cuts a text as GPT-2 does; merges stay inside
 
 from plumbing.errors import UserError
 from plumbing.files import fetch, read_json, read_text, write_json
@@ -33,6 +33,10 @@ LETTER = {b: chr(b) for b in PRINTABLE}
 LETTER |= {b: chr(256 + n) for n, b in enumerate(b for b in range(256) if b not in LETTER)}
 BYTE = {letter: b for b, letter in LETTER.items()}
 
+# Cuts a text as GPT-2 does; merges stay inside. tiktoken's own pattern says the same with a possessive quantifier in
+# every branch, which its regular expressions can only take in steps; the one that is left keeps white space at the end
+# off the stack.
+WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s++$|\s+(?!\S)|\s"
 WHITE = regex.compile(r"\p{White_Space}{500,}+")
 SPECIAL = regex.compile(r"<.*>|\[.*\]|madeupword\d+")  # how vocabularies spell entries that no text produces
 
@@ -57,6 +61,10 @@ class Tokenizer:
         """The ids of a text; BART's start with <s> and end with </s>."""
         ids = self.encode_plain(text)
         return [self.bos_id, *ids, self.eos_id] if self.seq2seq else ids
+
+    def encode_array(self, text):
+        """encode_plain() as an array (n,), which a BPE makes without a Python number for each id."""
+        return np.array(self.encode_plain(text), dtype=np.uint32)
 
     def decode(self, ids):
         """The text of any ids: special ones say nothing, bytes that are not UTF-8 become U+FFFD."""
@@ -118,20 +126,30 @@ class BPETokenizer(Tokenizer):
         if odd := [name for name in specials if not SPECIAL.fullmatch(name)]:
             raise UserError(f"the vocabulary holds {len(odd)} tokens that no merge builds, first {odd[0]!a}; "
                             f"the merges file may be cut short, fetch it again")
-        self.table = [vocab[token] for token in rank]
+        self.table = np.array([vocab[token] for token in rank], dtype=np.uint32)
         tokens = [b""] * len(vocab)
-        for token, id in zip(rank, self.table):
-            tokens[id] = bytes(BYTE[letter] for letter in token)
-        self.bpe = tiktoken.Encoding("bpe", pat_str=WORDS, special_tokens={}, mergeable_ranks={
-            tokens[id]: n for n, id in enumerate(self.table)})
+        for token in rank:
+            tokens[vocab[token]] = bytes(BYTE[letter] for letter in token)
+        self.bpe = tiktoken.Encoding("bpe", pat_str=WORDS, special_tokens={END: len(rank)}, mergeable_ranks={
+            tokens[vocab[token]]: n for token, n in rank.items()})
         super().__init__(tokens, specials)
 
     def encode_plain(self, text):
         """The ids of a text without a frame. Half a surrogate pair, no UTF-8, counts as U+FFFD."""
+        return self.encode_array(text).tolist()
+
+    def encode_array(self, text):
         # tiktoken's regular expression overflows its stack on a very long white run with a word after it.
         # GPT-2 gives the last white character to that word anyway, so cutting just before it changes no id.
-        cuts = [0, *(run.end() - 1 for run in WHITE.finditer(text) if run.end() < len(text)), len(text)]
-        return [self.table[n] for a, b in zip(cuts, cuts[1:]) for n in self.bpe.encode_ordinary(text[a:b])]
+        # Such a run holds 250 characters between two multiples of 250, which is soon seen to be nowhere.
+        long = any(text[n:n + 250].isspace() for n in range(0, len(text), 250))
+        cuts = [run.end() - 1 for run in (WHITE.finditer(text) if long else ()) if run.end() < len(text)]
+        try:  # a special token that is neither allowed nor disallowed is text; without any, looking for none is slow
+            parts = [self.bpe.encode_to_numpy(text[a:b], disallowed_special=())
+                     for a, b in zip([0, *cuts], [*cuts, None])]
+        except UnicodeEncodeError:
+            return self.encode_array(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+        return self.table[np.concatenate(parts)]
 
     def save(self, directory):
         kind = "BartTokenizer" if self.seq2seq else "GPT2Tokenizer"
