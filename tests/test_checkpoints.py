@@ -346,19 +346,24 @@ def test_restoring_into_another_model_or_other_optimizers_is_refused(tmp_path):
 
 PROGRAM = """
 import os, random, signal, sys, time
-from tests.test_checkpoints import build, save_checkpoint
+from pathlib import Path
+from plumbing.checkpoints import pack, write_checkpoint
+from tests.test_checkpoints import build
 draw = random.Random(0)
 model, optimizers = build()
-for run_dir in sys.argv[1:]:
+packed = [pack(model, each) for each in optimizers]  # once: nothing is on the disk by then
+for i, run_dir in enumerate(sys.argv[1:]):
     out, into = os.pipe()
     run = os.fork()
     if run == 0:
         for step in range(10_000):
-            save_checkpoint(run_dir, step, model, None, optimizers, {"val_loss": 1 + 1 / (1 + step % 7)})
+            write_checkpoint(Path(run_dir), step, model, None, packed, {"val_loss": 1 + 1 / (1 + step % 7)}, keep=2)
             os.write(into, b"%d\\n" % step)
     os.close(into)
     said = os.read(out, 1)
     time.sleep(draw.uniform(0, 0.15))
+    while i % 2 and not any(Path(run_dir).glob(".tmp-*")):  # half of them at any moment, half while it writes
+        pass
     os.kill(run, signal.SIGKILL)
     os.waitpid(run, 0)
     while more := os.read(out, 65536):
