@@ -235,7 +235,7 @@ class Decoding:
     """A step(rows, which) as generate.py's. The first takes Buffers, which are given back where they are recorded."""
 
     def __init__(self, model, sources, B, room, choose):
-        self.model, self.B, self.choose, self.held, self.running = model, B, choose, None, []
+        self.model, self.B, self.choose, self.held, self.running = model, B, choose, None, None
         self.most = self.room = room
         self.steps = steps(model)  # where there is no compiler, nothing is computed first
         self.memory, cuda = project(model, *encode(model, sources)), model.wte.weight.is_cuda
@@ -272,10 +272,10 @@ class Decoding:
         if not self.inside:
             return self.choose(self.buffers.step(self.held)[which], rows, which)
         left = self.most - min(map(len, rows))
-        if not self.running:
+        if self.running is None:
             self.buffers.enter(self.held)
             self.launch(1)  # so that there is something to be read soon
-        [(times, found, finite, there)] = self.running
+        times, found, finite, there = self.running
         self.launch(left - times)
         there()
         check_finite(finite[which])
@@ -284,7 +284,7 @@ class Decoding:
     def launch(self, left):
         """The next run, if there is something left to be found: it takes the place of the one before."""
         times = min(RUN, left)
-        self.running = [(times, *self.buffers.run(times))] if times > 0 else []
+        self.running = (times, *self.buffers.run(times)) if times > 0 else None
 
 
 def compiled(model, sources, B, room, choose):

@@ -1,7 +1,8 @@
 """
 Attention of a decode step that reads the keys somebody sees, and no others.
 
-    python bench.py decode --random gpt2 --dtype bfloat16 --prompt-tokens 32 --max-new-tokens 256 --num-samples 64 --compile
+    python bench.py decode --random gpt2 --dtype bfloat16 --prompt-tokens 32 --max-new-tokens 256 --num-samples 64 \\
+        --compile
 
 What a compiled step attends to is as long as the room there is, since its shapes may not change; a mask says how much
 of that counts. PyTorch's kernels read everything and apply the mask afterwards. This one looks at the mask first: of a

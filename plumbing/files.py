@@ -4,6 +4,7 @@ Everything that can be wrong with a file becomes a UserError that names the file
 in it.
 """
 
+import fcntl
 import hashlib
 import json
 import os
@@ -37,6 +38,22 @@ def files(directory, suffixes):
     if not paths:
         raise UserError(f"the directory {directory} holds no {', '.join(suffixes)} file; pass one that does")
     return paths
+
+
+def lock(directory, busy):
+    """
+    A handle that keeps other processes out of a directory until it is closed, where a file system can. Raises UserError
+    with the text `busy` if one is there.
+    """
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise UserError(busy) from None
+    except OSError:
+        pass  # a file system without locks
+    return handle
 
 
 def read_bytes(path, max_bytes=MAX_BYTES):

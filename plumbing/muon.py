@@ -17,7 +17,9 @@ class Muon(torch.optim.Muon):
     def step(self, closure=None):  # which torch passes and nobody has
         for group in self.param_groups:
             for p in group["params"]:
-                momentum = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                if not self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                momentum = self.state[p]["momentum_buffer"]
                 momentum.lerp_(p.grad, 1 - group["momentum"])
                 ahead = p.grad.lerp(momentum, group["momentum"])  # Nesterov's
                 ahead = ranks.whole(ahead)  # of a sharded matrix this rank has some rows only, as of its update

@@ -11,7 +11,6 @@ prepared.json, and the tokenizer. A run that was killed goes on after its last p
 here is about windows, or which part is held out: that is for a training to choose.
 """
 
-import fcntl
 import hashlib
 import os
 import re
@@ -27,7 +26,7 @@ import numpy as np
 from tqdm import tqdm
 
 from plumbing.errors import WHOLE, Parser, UserError, run
-from plumbing.files import SUFFIXES, decode, files, json_object, read_json, regular, write_json
+from plumbing.files import SUFFIXES, decode, files, json_object, lock, read_json, regular, write_json
 from plumbing.tokenizers import END, KINDS, load_tokenizer, train_tokenizer
 
 MANIFEST, TOKENS, PIECES = "prepared.json", "tokens.bin", "pieces.txt"
@@ -231,14 +230,7 @@ def begun(directory, asked, tokenizer):
 @contextmanager
 def locked(directory):
     """Keeps other processes out of a directory, where a file system can."""
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        raise UserError(f"another process is writing {directory}; wait for its end") from None
-    except OSError:
-        pass
+    handle = lock(directory, f"another process is writing {directory}; wait for its end")
     try:
         yield
     finally:

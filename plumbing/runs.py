@@ -1,6 +1,5 @@
 """A training run on disk: its checkpoints, its log, its loss curve, and stopping it without losing anything."""
 
-import fcntl
 import json
 import os
 import signal
@@ -14,7 +13,7 @@ from tqdm import tqdm
 from plumbing import loggers, ranks
 from plumbing.checkpoints import load_checkpoint, load_weights, save_checkpoint
 from plumbing.errors import NonFiniteError, UserError
-from plumbing.files import read_bytes
+from plumbing.files import lock, read_bytes
 from plumbing.manifests import newest
 from plumbing.tokenizers import load_tokenizer
 from plumbing.weights import locate
@@ -73,15 +72,9 @@ class Run:
         """Keep other trainings out of the directory, once it is there, as long as this object and its process live."""
         if self.locked or not self.out.is_dir():
             return
-        handle = os.open(self.out, os.O_RDONLY)
+        handle = lock(self.out, f"another training is at work in {self.out}: wait for its end, or name another "
+                                f"--train.out_dir")
         self.locked = weakref.finalize(self, os.close, handle)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another training is at work in {self.out}: wait for its end, or name another "
-                            f"--train.out_dir") from None
-        except OSError:
-            pass  # a file system without locks
 
     @ranks.first
     def rewind_log(self):
