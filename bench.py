@@ -6,6 +6,7 @@ Measure what the README claims, on your machine.
     python bench.py decode --random gpt2 --prompt-tokens 32 --max-new-tokens 32 --against hf,ctranslate2:int8
     python bench.py prefill --random bart-base --prompt-tokens 1024 --max-new-tokens 2 --also "--dtype bfloat16"
     python bench.py train configs/gpt-tiny.toml
+    torchrun --nproc-per-node=2 bench.py train configs/gpt2-124m.toml
     python bench.py compare --random gpt2 --prompt-tokens 32 --strategies naive,cached,further.concat:slip
     python bench.py trace --model out/bart-headline --prompt-file article.txt
     python bench.py report --model out/bart-headline --prompt-file article.txt --output page.html
@@ -43,7 +44,7 @@ from tqdm import tqdm
 from compare import compare
 from cost import attention_weights, count, matrix
 from generate import find_strategy, generate, strategies
-from plumbing import attention_bench, cli, load_bench, pairs, prepare_bench, report, speed, train_bench
+from plumbing import attention_bench, cli, load_bench, pairs, prepare_bench, ranks, report, speed, train_bench
 from plumbing.machine import fresh, machine
 from plumbing.models import check_memory
 from plumbing.utils import pick_device
@@ -185,8 +186,9 @@ MEASURED = {"load": load_bench, "train": train_bench, "prepare": prepare_bench}
 
 def print_measured(args):
     module = MEASURED[args.section]
-    result = module.measure(args)
-    print(json.dumps(result) if args.json else module.table(result))
+    with ranks.joined():
+        result = module.measure(args)
+        print(json.dumps(result) if args.json else module.table(result))
 
 
 def main(args=None):

@@ -10,6 +10,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 import warnings
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
@@ -22,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from plumbing.errors import UserError
 from plumbing.utils import pick_device
 
-PATIENCE = 10  # seconds in which torchrun ends the others, once rank 0 has said what is wrong
+PATIENCE = 10  # seconds: torchrun ends all ranks within a few once one of them has gone, by force after 30
 
 
 def world():
@@ -48,6 +49,7 @@ def joined():
     store, number, n = next(rendezvous("env://"))
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=number, world_size=n)
+    listen(store.clone(), n)
     try:
         with open(os.devnull, "w") as nowhere:
             with redirect_stdout(nowhere if rank() else sys.stdout), redirect_stderr(nowhere if rank() else sys.stderr):
@@ -57,21 +59,54 @@ def joined():
             sys.exit(130)
         raise
     except Exception as error:
-        gone = isinstance(error, dist.DistError) or type(error) is RuntimeError and "gloo" in str(error)
-        if gone:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, which may come before the line is out
-            if rank() and store.check(["said"]):
-                sys.exit(1)
-            if rank():
-                print(file=sys.stderr)  # what rank 0 was writing, as a bar, may lack its end
-            error = ConnectionError("another rank has gone, see torchrun's report: --train.resume=true continues from "
-                                    "the last checkpoint")
-        elif rank():
+        if isinstance(error, dist.DistError) or type(error) is RuntimeError and "gloo" in str(error):
+            leave(store)
+        if rank():
             time.sleep(PATIENCE)
-        if not rank():
-            store.set("said", "")
-        raise error from None
+        store.add("said", 1)
+        raise
     dist.destroy_process_group()  # not after an error: others would find us gone before we have said why
+
+
+def listen(store, n):
+    """
+    Look out for the SIGTERM that torchrun sends to all n ranks once one has gone. The main thread may wait for what
+    that one would have sent, deaf to signals, with NCCL without end. So another hears them: who does not answer has
+    gone.
+    """
+    def watch():
+        while signal.SIGTERM not in os.read(heard, 1):
+            pass
+        store.add("answered", 1)
+        for _ in range(10 * PATIENCE):
+            if store.check(["said"]):
+                break
+            if store.add("answered", 0) == n:  # it was not because of a rank that torchrun asks us to end
+                return
+            time.sleep(0.1)
+        leave(store)
+
+    def end(signum, frame):
+        """What SIGTERM does as long as nothing else is to be done: an end as by Ctrl-C, if no rank has gone."""
+        watcher.join()
+        raise KeyboardInterrupt
+
+    heard, signals = os.pipe()
+    os.set_blocking(signals, False)
+    signal.set_wakeup_fd(signals)
+    signal.signal(signal.SIGTERM, end)
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+
+
+def leave(store):
+    """End this process, because another rank has gone, at once: NCCL waits for it even then. Say so, if nobody has."""
+    if store.add("said", 1) == 1:  # and end the line of what rank 0 was writing, as a bar
+        print("\nerror: another rank has gone, see torchrun's report: --train.resume=true continues from the last "
+              "checkpoint", file=sys.__stderr__)
+    for stream in (sys.__stdout__, sys.__stderr__):
+        stream.flush()
+    os._exit(1)
 
 
 def first(method):

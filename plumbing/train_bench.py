@@ -2,6 +2,7 @@
 bench.py train: what a training step takes, beside what the machine can multiply.
 
     python bench.py train configs/gpt-tiny.toml --train.batch_size=32
+    torchrun --nproc-per-node=2 bench.py train configs/gpt2-124m.toml
 
 train.py --dry-run does the same with fewer steps. The configuration is read as train.py reads it, the loop is its own,
 and nothing is kept. A token is a label that counts. FLOPs are those of the products, masked ones included: a forward
@@ -22,6 +23,7 @@ from statistics import median
 import torch
 
 import train
+from plumbing import ranks
 from plumbing.errors import WHOLE, UserError
 from plumbing.machine import machine, most_memory
 from plumbing.meters import flops_per_token
@@ -66,7 +68,7 @@ def measure(args):
         train.loop(this_run, data, model, optimizers, config)
     seconds = [after - before for before, after in zip([start, *times], times)]
     return dict(config=args.random, steps=steps, machine=machine(config.device), device=config.device,
-                dtype=config.dtype, **shape,
+                dtype=config.dtype, ranks=ranks.world(), **shape,
                 accumulation=config.accumulation, compiled=config.compile, parameters=model.count_parameters(),
                 seconds=seconds, tokens_per_second=speeds, set_up_seconds=seconds[0] - median(seconds[FIRST:]),
                 flops_per_token=flops, peak_bytes=most_memory(config.device), peak_flops=peak)
@@ -80,12 +82,12 @@ def table(r):
     return "\n  ".join([
         f"train {r['config']}: {r['parameters']:,} parameters, {r['accumulation']} x {r['batch_size']} x "
         f"{r['block_size']} a step, {r['dtype']}, {'compiled' if r['compiled'] else 'eager'}; medians of {len(speeds)} "
-        f"steps after {FIRST}", r["machine"],
+        f"steps after {FIRST}", r["machine"] + (f", one of {r['ranks']} ranks" if r["ranks"] > 1 else ""),
         f"tokens/s     {median(speeds):,.0f} ({min(speeds):,.0f} to {max(speeds):,.0f})",
         f"a step       {median(seconds[FIRST:]):.3f} s, the first {seconds[0]:.3f}: {r['set_up_seconds']:.3f} of "
         f"set-up",
         f"a token      {r['flops_per_token'] / 1e6:,.1f} MFLOP: {reached / 1e9:,.1f} GFLOP/s, MFU "
-        f"{reached / r['peak_flops']:.1%} of the {r['peak_flops'] / 1e9:,.1f} of a product",
+        f"{reached / r['peak_flops'] / r['ranks']:.1%} of the {r['peak_flops'] / 1e9:,.1f} of a product",
         f"most memory  {r['peak_bytes'] / 1e6:,.0f} MB",
         f"all {r['steps']:,} steps would take {whole}, evaluations besides"])
 

@@ -1310,6 +1310,17 @@ def what_was_gathered_to_write_a_text_stays():
 
 
 @mutant
+def no_thread_hears_that_a_rank_has_gone():
+    import threading
+
+    @around(ranks_module(), "listen")
+    def listen(original, *args):
+        start, threading.Thread.start = threading.Thread.start, lambda thread: None
+        original(*args)
+        threading.Thread.start = start
+
+
+@mutant
 def muon_orthogonalises_the_rows_of_each_rank():
     from plumbing import muon
     ranks = ranks_module()

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -19,17 +20,20 @@ from plumbing.data import DataConfig, load_data
 from plumbing.errors import UserError
 from plumbing.weights import load_pretrained
 
+MUTANTS = """
+import os
+if "MINDECODE_MUTANT" in os.environ:
+    import mutants
+    mutants.pytest_configure()
+"""
 TOML = {"gpt": GPT_TOML, "bart": BART_TOML}
 # a constant learning rate, which does not know how many steps there will be, and gradients that are clipped
 STEADY = ["--train.log_every=1", "--train.eval_every=2", "--train.accumulation=2", "--train.lr=1e-3",
           "--train.min_lr=1e-3", "--train.warmup_steps=0", "--train.grad_clip=0.1"]
 SHARD = "--train.shard=true"
-PROGRAM = """
-import json, os, signal, sys
+PROGRAM = MUTANTS + """
+import json, signal, sys
 from contextlib import nullcontext
-if "MINDECODE_MUTANT" in os.environ:
-    import mutants
-    mutants.pytest_configure()
 import torch
 import train
 from plumbing import checkpoints, ranks
@@ -234,6 +238,42 @@ def test_a_weight_that_is_no_number_on_one_rank_ends_all_and_leaves_the_checkpoi
     assert "the loss is nan" in line and f"at step 4; the last good checkpoint is {good}" in line
     assert re.search(r"rank +: 0 .*\n +exitcode +: 3 ", outcome.err), outcome.err
     assert load_checkpoint(tmp_path / "out").step == 3 and outcome.out.count("saved") == 1
+
+
+DEAF = MUTANTS + """
+import ctypes, signal, sys, time
+from plumbing import errors, ranks
+
+def main():
+    with ranks.joined():
+        print("joined", flush=True)
+        if os.environ["RANK"] == "1" and sys.argv[1] == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if os.environ["RANK"] == "1" or sys.argv[1] == "stopped":
+            os.kill(os.getppid(), signal.SIGTERM)
+            time.sleep(60)
+        lock = ctypes.create_string_buffer(64)  # a mutex of the C library, on Linux
+        while not ctypes.CDLL(None).pthread_mutex_lock(lock):  # the second time it waits, as one does for NCCL
+            pass
+
+if __name__ == "__main__":
+    errors.run(main)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the test's deaf wait is made for Linux")
+@pytest.mark.parametrize("how, line", [("killed", "error: another rank has gone"), ("stopped", "interrupted")])
+def test_a_rank_that_waits_deaf_to_signals_says_that_another_has_gone_and_nothing_of_a_stop(how, line, tmp_path):
+    (tmp_path / "program.py").write_text(DEAF)
+    started = time.monotonic()
+    outcome = torchrun(tmp_path / "program.py", how)
+    assert outcome.out == "joined\n" and len(said(outcome, line)) == 1 and time.monotonic() - started < 30
+    assert not said(outcome, "error: another" if how == "stopped" else "interrupted")
+
+
+def test_a_step_of_two_ranks_is_timed_as_theirs_and_one_of_them_says_so(tmp_path):
+    outcome = torchrun(ROOT / "bench.py", "train", *command(tmp_path, "gpt"), "--repeats=1")
+    assert outcome.code == 0 and outcome.out.count("one of 2 ranks") == outcome.out.count("tokens/s") == 1, outcome
 
 
 GONE = "another rank has gone, see torchrun's report: --train.resume=true continues"
