@@ -9,8 +9,8 @@ shapes are those of one token, and where that token stands can be a tensor, whos
 graph is the step of all requests and lengths. On a CPU, torch.compile makes C++ of it: products that have been tried
 out on this machine, weights laid out for them once ("frozen"), and what lies between products fused. On a GPU what it
 launches is recorded once, ids are chosen inside, and the host fetches them RUN at a time, after it has asked for the
-next RUN: every row goes on behind what it has found, or has ended. For a few rows there, a step of four small kernels
-(kernels.py) takes the place of the compiled one; for more, attention skips what no row sees (reading.py).
+next RUN: every row goes on behind what it has found, or has ended. Up to 64 rows there, a step of a few small kernels
+takes the place of the compiled one (kernels.py, many_rows.py); for more, attention skips what no row sees (reading.py).
 
 What it costs: the first request compiles, which takes seconds to a minute; rows that have ended are computed on, since
 no shape may change; on a CPU a step reads the keys and values of all the room there is. The prompt enters plainly.
@@ -28,6 +28,7 @@ from torch.nn import functional as F
 from attention import NOWHERE
 from cache import Memory
 from further.kernels import Step
+from further.many_rows import ManyRows
 from further.reading import reading
 from generate import advance, encode, project
 from plumbing.checks import check_room
@@ -145,8 +146,9 @@ class Buffers:
         for x, axis in self.sized():
             torch._dynamo.maybe_mark_dynamic(x, axis)
         args = self.ids, self.at, self.cache, self.memory
-        self.kernels = inside and Step.fits(model, self.ids, self.cache, self.memory) and Step(model, *args, n_vocab)
-        if self.kernels:  # a few rows on a GPU: further/kernels.py
+        kinds = [kind for kind in (Step, ManyRows) if inside and kind.fits(model, self.ids, self.cache, self.memory)]
+        self.kernels = kinds[0](model, *args, n_vocab) if kinds else None
+        if self.kernels:  # up to 64 rows on a GPU
             self.once, self.finite = self.kernels, self.kernels.finite
         else:
             step, more = (made.greedy, (self.finite, n_vocab)) if inside else (made.logits, ())

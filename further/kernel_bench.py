@@ -1,5 +1,6 @@
 """
-What each idea of further/kernels.py buys: a decode step on a GPU, from the plain model to overlapping kernels.
+What each idea of further/kernels.py buys: a decode step on a GPU, from the plain model to overlapping kernels; of more
+than 4 rows those of many_rows.py.
 
     python -m further.kernel_bench --random gpt2 --prompt-tokens 32 --max-new-tokens 224
     python -m further.kernel_bench --random bart-large --prompt-tokens 1024 --max-new-tokens 100 --rows 2
@@ -20,6 +21,7 @@ import torch
 
 from further.compiled import Steps, greedy
 from further.kernels import Step
+from further.many_rows import ManyRows
 from further.quantize import quantize
 from generate import advance, encode, project
 from plumbing.models import random_model
@@ -71,7 +73,8 @@ class Text:
         return partial(step, self.ids, self.at, self.cache, self.memory, finite, None)
 
     def step(self, **options):
-        return Step(self.model, self.ids, self.at, self.cache, self.memory, **options)
+        kind = Step if len(self.ids) in Step.ROWS else ManyRows
+        return kind(self.model, self.ids, self.at, self.cache, self.memory, **options)
 
     def seconds(self, call):
         """Of a step, median of five texts."""
@@ -104,12 +107,12 @@ def main(args=None):
     add("--random", metavar="PRESET", required=True, help="an untrained model of a published size, or of a .toml file")
     add("--dtype", choices=["float32", "float16", "bfloat16"], default="bfloat16", help="default: bfloat16")
     add("--quantize", choices=["int8"], help="hold the weights of linears as whole numbers: further/quantize.py")
-    add("--rows", type=WHOLE, metavar="B", default=1, help="texts beside each other, 1 to 4; default: 1")
+    add("--rows", type=WHOLE, metavar="B", default=1, help="texts beside each other, 1 to 64; default: 1")
     add("--prompt-tokens", type=WHOLE, metavar="N", default=32, help="tokens of the prompt, or the source; default: 32")
     add("--max-new-tokens", type=WHOLE, metavar="M", default=224, help="steps that are timed; default: 224")
     args = parser.parse_args(args)
-    if not 1 <= args.rows <= 4:
-        raise UserError(f"--rows={args.rows} must be from 1 to 4, which is what the kernels are for")
+    if not 1 <= args.rows <= ManyRows.ROWS[-1]:
+        raise UserError(f"--rows={args.rows} must be from 1 to {ManyRows.ROWS[-1]}, which is what the kernels are for")
     if not torch.cuda.is_available():
         raise UserError("kernels run on a CUDA device, and there is none: use bench.py decode")
     model = random_model(args.random, DTYPES[args.dtype], "cuda", args.overrides)

@@ -56,15 +56,24 @@ def wait(PDL: tl.constexpr):
 
 
 @jit
-def embed(ids, at, wte, wpe, x, length, AT: tl.constexpr, TIMES: tl.constexpr, C: tl.constexpr, CP: tl.constexpr,
-          PDL: tl.constexpr):
+def embed(ids, at, wte, wpe, x, length, TIMES: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, PDL: tl.constexpr):
     """x[row] = wte[newest id] + wpe[its position]. A program does one row."""
     row, c = tl.program_id(0), tl.arange(0, CP)
     wait(PDL)
-    p = tl.load(at + row * AT)
+    p = tl.load(at + row)
     i = tl.load(ids + row * length + p)
     token = tl.load(wte + i * C + c, mask=c < C).to(tl.float32) * TIMES
     tl.store(x + row * C + c, token + tl.load(wpe + p * C + c, mask=c < C).to(tl.float32), mask=c < C)
+
+
+@jit
+def activated(r, GELU: tl.constexpr):
+    """r, or GELU of it."""
+    if GELU == "tanh":  # 1 + tanh(z) = 2 sigmoid(2 z)
+        r *= tl.sigmoid(1.5957691216057308 * (r + 0.044715 * r * r * r))
+    if GELU == "none":  # what PyTorch calls the exact one
+        r *= 0.5 + 0.5 * tl.erf(r * 0.7071067811865476)
+    return r
 
 
 @jit
@@ -116,10 +125,7 @@ def product(x, weight, scale, bias, gain, shift, gained, kept, residual, y, whic
             r = (r - mean * S) * inverse
         if bias is not None:
             r += add
-        if GELU == "tanh":  # 1 + tanh(z) = 2 sigmoid(2 z)
-            r *= tl.sigmoid(1.5957691216057308 * (r + 0.044715 * r * r * r))
-        if GELU == "none":  # what PyTorch calls the exact one
-            r *= 0.5 + 0.5 * tl.erf(r * 0.7071067811865476)
+        r = activated(r, GELU)
         if residual is not None:
             r += tl.load(residual + b * N + n, mask=n < N, other=0.0)
         if which is None:
@@ -132,33 +138,38 @@ def product(x, weight, scale, bias, gain, shift, gained, kept, residual, y, whic
 
 
 @jit
-def attention(q, keys, values, count, y, some, arrived, of_row, of_head, of_key, CT: tl.constexpr, OWN: tl.constexpr,
-              H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, TP: tl.constexpr,
-              PDL: tl.constexpr):
+def attention(q, keys, values, count, y, some, arrived, of_row, of_head, of_key, OWN: tl.constexpr, H: tl.constexpr,
+              KV: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, TP: tl.constexpr, PDL: tl.constexpr):
     """
     A query against the first count[row] keys of its row. OWN: q is followed by the newest key and value, which are
-    stored at count[row] and seen as well. A program does a tile of the keys for a head of a row, and the last one to
-    arrive joins them (Flash-Decoding, Dao et al. 2023). Heads that share keys read them again, from the L2 cache.
+    stored at count[row] and seen as well. Programs share the tiles of keys for a head of a row; each keeps a running
+    maximum, sum and result (Milakov and Gimelshein 2018), and the last one to arrive joins them (Flash-Decoding, Dao
+    et al. 2023). Heads that share keys read them again, from the L2 cache.
     """
     tile, head, row, d = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64), tl.arange(0, D)
     tiles, group = tl.num_programs(0), head // (H // KV)
-    n, s = tl.load(count + row * CT), tile * TILE + tl.arange(0, TILE)[:, None]
+    n, s = tl.load(count + row), tile * TILE + tl.arange(0, TILE)[:, None]
     at = row * of_row + group * of_head + d[None]
     K = tl.load(keys + at + s * of_key, mask=s < n, other=0.0)
     V = tl.load(values + at + s * of_key, mask=s < n, other=0.0)
     wait(PDL)  # these were stored at least a step ago
     q += row * (H + 2 * KV if OWN else H) * D + d[None]
-    Q = tl.load(q + head * D).to(tl.float32) * D**-0.5
+    Q = tl.load(q + head * D).to(tl.float32) * D**-0.5  # (1, D)
+    top, total, out, first = -1e30, 0.0, tl.zeros((D,), tl.float32), tile * TILE
     if OWN:
-        K = tl.where(s == n, tl.load(q + (H + group) * D), K)
-        V = tl.where(s == n, tl.load(q + (H + KV + group) * D), V)
-        tl.store(keys + at + s * of_key, K, mask=s == n)
-        tl.store(values + at + s * of_key, V, mask=s == n)
-        n += 1
-    a = tl.where(s < n, tl.sum(K.to(tl.float32) * Q, 1, keep_dims=True), -1e30)  # (TILE, 1)
-    top = tl.max(a)
-    e = tl.where(s < n, tl.exp(a - top), 0.0)
-    total, out = tl.sum(e), tl.sum(e * V.to(tl.float32), 0)
+        if tile == 0:
+            newest, value = tl.load(q + (H + group) * D), tl.load(q + (H + KV + group) * D)
+            tl.store(keys + at + n * of_key, newest)
+            tl.store(values + at + n * of_key, value)
+            top, total, out = tl.sum(newest.to(tl.float32) * Q), 1.0, tl.sum(value.to(tl.float32), 0)
+    while first < n:
+        a = tl.where(s < n, tl.sum(K.to(tl.float32) * Q, 1, keep_dims=True), -1e30)  # (TILE, 1)
+        higher = tl.maximum(top, tl.max(a))
+        e, fade = tl.where(s < n, tl.exp(a - higher), 0.0), tl.exp(top - higher)  # fade: of what was summed before
+        top, total, out = higher, total * fade + tl.sum(e), out * fade + tl.sum(e * V.to(tl.float32), 0)
+        first, s = first + tiles * TILE, s + tiles * TILE
+        K = tl.load(keys + at + s * of_key, mask=s < n, other=0.0)
+        V = tl.load(values + at + s * of_key, mask=s < n, other=0.0)
     y += (row * H + head) * D
     if TP == 1:
         tl.store(y + d, (out / total).to(y.dtype.element_ty))
@@ -181,19 +192,19 @@ def attention(q, keys, values, count, y, some, arrived, of_row, of_head, of_key,
 
 
 @jit
-def choose(most, which, ids, at, finite, parts, length, AT: tl.constexpr, B: tl.constexpr, BP: tl.constexpr,
-           PP: tl.constexpr, PDL: tl.constexpr):
-    """The id of the largest logit stands behind the newest; `at` goes there. One program: the host is never asked."""
-    b, i = tl.arange(0, BP), tl.arange(0, PP)[None]
+def choose(most, which, ids, at, finite, parts, length, PP: tl.constexpr, PDL: tl.constexpr):
+    """
+    The id of the largest logit stands behind the newest of its row; `at` goes there. The host is never asked. A program
+    does one row.
+    """
+    row, i = tl.program_id(0), tl.arange(0, PP)
     wait(PDL)
-    tops = tl.load(most + b[:, None] * parts + i, mask=(b[:, None] < B) & (i < parts), other=float("-inf"))
-    top, part = tl.max(tops, 1, return_indices=True)
-    p = tl.load(at + b * AT, mask=b < B, other=0)
-    i = tl.load(which + b * parts + part, mask=b < B)
-    tl.store(ids + b * length + p + 1, i, mask=(b < B) & (p + 1 < length))
-    tl.store(finite + b, tl.load(finite + b, mask=b < B) & (tl.abs(top) < float("inf")), mask=b < B)
-    tl.debug_barrier()  # rows may share their position: all have read it
-    tl.store(at + b * AT, tl.minimum(p + 1, length - 2), mask=b < B)
+    tops = tl.load(most + row * parts + i, mask=i < parts, other=float("-inf"))
+    top, part = tl.max(tops, 0, return_indices=True)
+    p = tl.load(at + row)
+    tl.store(ids + row * length + p + 1, tl.load(which + row * parts + part), mask=p + 1 < length)
+    tl.store(finite + row, tl.load(finite + row) & (tl.abs(top) < float("inf")))
+    tl.store(at + row, tl.minimum(p + 1, length - 2))
 
 
 # -----------------------------------------------------------------------------
@@ -204,12 +215,14 @@ class Step:
     step(): one greedy token for every row, on the device alone, so that a CUDA graph can capture it.
 
     model: a GPT or BART; a linear that has a `scale` holds int8, a scale for each row. ids: (B, length) int64, the
-    texts; at: (1,) or (B, 1) int64, the position of the newest id of each row, whose key is not stored yet. cache: a
+    texts; at: (B, 1) int64, the position of the newest id of each row, whose key is not stored yet. cache: a
     KVCache with what lies before, by Slots. memory: a BART's, of as many rows, or None. n_vocab: choose among the first
     so many. overlap: False where kernels shall not, to see what that brings.
     A step writes ids[row, at + 1], the keys and values at `at`, and adds 1 to at, but for the last position of ids.
     finite: (B,) bool, whether all steps so far had logits to choose from. Counts of the cache are the caller's.
     """
+
+    ROWS = range(1, 5)
 
     def __init__(self, model, ids, at, cache, memory=None, n_vocab=None, overlap=True):
         (self.B, length), config, bart = ids.shape, model.config, model.config.is_encoder_decoder
@@ -220,34 +233,33 @@ class Step:
         stream, kept = new(self.B, C), new(self.B, C) if bart else None
         self.finite = torch.ones(self.B, dtype=torch.bool, device=ids.device)
         qkv, heads, inner = (new(self.B, n, dtype=dtype) for n in (len(layers[0].attn.c_attn.weight), C, config.inner))
-        norms, add, AT = iter(reads(model, memory)), kept if bart else stream, int(at.numel() > 1)
+        norms, add = iter(reads(model, memory)), kept if bart else stream
         if memory is not None:
             self.lengths = new(self.B, dtype=torch.long)
             self.read(memory)
         self.launch(embed, self.B, ids, at, model.wte.weight, (model.decoder_wpe if bart else model.wpe).weight, stream,
-                    length, AT=AT, C=C, CP=up(C), TIMES=math.sqrt(C) if bart and config.scale_embedding else 1.0)
+                    length, C=C, CP=up(C), TIMES=math.sqrt(C) if bart and config.scale_embedding else 1.0)
         for i, layer in enumerate(layers):
             self.product(stream, layer.attn.c_attn, qkv, next(norms), kept)
-            self.attend(layer.attn, qkv, cache.k[i], cache.v[i], at, heads, CT=AT, OWN=True)
+            self.attend(layer.attn, qkv, cache.k[i], cache.v[i], at, heads, OWN=True)
             self.product(heads, layer.attn.c_proj, stream, residual=add)
             if memory is not None:
                 self.product(stream, layer.cross.c_q, qkv, next(norms), kept)
-                self.attend(layer.cross, qkv, *memory.kv[i], self.lengths, heads, CT=1, OWN=False)
+                self.attend(layer.cross, qkv, *memory.kv[i], self.lengths, heads, OWN=False)
                 self.product(heads, layer.cross.c_proj, stream, residual=add)
             self.product(stream, layer.mlp.c_fc, inner, next(norms), kept, GELU=layer.mlp.act.approximate)
             self.product(inner, layer.mlp.c_proj, stream, residual=add)
-        parts = triton.cdiv(V, block(model.lm_head.weight)[0])
+        parts = triton.cdiv(V, self.block(model.lm_head.weight)[0])
         self.most, which = new(self.B, parts), new(self.B, parts, dtype=torch.int32)
         self.product(stream, model.lm_head, self.most, next(norms), which=which, N=V)
-        self.launch(choose, 1, self.most, which, ids, at, self.finite, parts, length, AT=AT, B=self.B, BP=up(self.B),
-                    PP=up(parts), num_warps=16)
+        self.launch(choose, self.B, self.most, which, ids, at, self.finite, parts, length, PP=up(parts))
 
-    @staticmethod
-    def fits(model, ids, cache, memory=None):
-        """Whether a Step can do this: else the plain model does."""
+    @classmethod
+    def fits(cls, model, ids, cache, memory=None):
+        """Whether a step of this kind can do this: else the plain model does."""
         layers = model.decoder_layers() if type(model) in (GPT, BART) else []
         return bool(
-            triton and ids.is_cuda and ids.is_contiguous() and 1 <= len(ids) <= 4 and ids.size(1) >= 2 and layers
+            triton and ids.is_cuda and ids.is_contiguous() and len(ids) in cls.ROWS and ids.size(1) >= 2 and layers
             and all(type(layer.attn.pattern) is Causal for layer in layers) and set(map(type, cache.slots)) == {Slots}
             and cache.k[0] is not None and len(ids) <= len(cache.k[0]) and ids.size(1) <= cache.k[0].size(2) + 1
             and cache.k[0].dtype in (torch.float32, torch.float16, torch.bfloat16)
@@ -265,7 +277,7 @@ class Step:
 
     def product(self, x, linear, y, norm=None, kept=None, residual=None, which=None, N=None, GELU=None):
         weight, scale, bias = linear.weight, getattr(linear, "scale", None), linear.bias
-        (rows, K), (BN, WIDE) = weight.shape, block(weight)
+        (rows, K), (BN, WIDE) = weight.shape, self.block(weight)
         self.nbytes += weight[:N].nbytes
         gain = shift = gained = None
         if norm is not None:  # sums over weights alone, which the kernel needs not take every time
@@ -276,35 +288,39 @@ class Step:
                     which, N or rows, EPS=norm.eps if norm else 0.0, GELU=GELU, B=self.B, K=K, KP=up(K), WIDE=WIDE,
                     BN=BN)
 
-    def attend(self, part, q, keys, values, count, y, **flags):
-        of_row, of_head, of_key, _ = keys.stride()
-        tiles = triton.cdiv(keys.size(2), TILE)
+    @staticmethod
+    def block(weight):
+        """
+        Of a weight (N, K): how many rows a program of 4 warps takes, and how wide the pieces of a row are. Some 64
+        numbers for each thread are enough under way to hide how long the first takes, and fit the registers.
+        """
+        KP, size = up(weight.size(1)), weight.element_size()
+        return (8, min(512 // size, KP)) if KP <= 1024 else (8 if KP <= 2048 else max(1, 16384 // (KP * size)), KP)
+
+    @staticmethod
+    def tiles(S, own):
+        """Of S keys: how many a program looks at together, how many programs share them, and the warps of each."""
+        return TILE, triton.cdiv(S, TILE), 8
+
+    def attend(self, part, q, keys, values, count, y, OWN):
+        (tile, tiles, warps), (of_row, of_head, of_key, _) = self.tiles(keys.size(2), OWN), keys.stride()
         some = torch.empty(self.B, part.n_head, tiles, part.head_dim + 2, device=q.device)
         arrived = torch.zeros(self.B, part.n_head, dtype=torch.int32, device=q.device)
         self.launch(attention, (tiles, part.n_head, self.B), q, keys, values, count, y, some, arrived, of_row, of_head,
-                    of_key, H=part.n_head, KV=part.n_kv_head, D=part.head_dim, TILE=TILE, TP=up(tiles),
-                    num_warps=8, **flags)
+                    of_key, OWN=OWN, H=part.n_head, KV=part.n_kv_head, D=part.head_dim, TILE=tile, TP=up(tiles),
+                    num_warps=warps)
 
     def __call__(self):
         for launch in self.launches:
             launch()
 
 
-TILE = 256  # keys that a program of attention sees
+TILE = 256  # keys that a program of attention looks at together
 
 
 def up(n):
     """The next power of two: what a tile's side must be."""
     return 1 << (n - 1).bit_length()
-
-
-def block(weight):
-    """
-    Of a weight (N, K): how many rows a program of 4 warps takes, and how wide the pieces of a row are. Some 64 numbers
-    for each thread are enough under way to hide how long the first takes, and fit the registers.
-    """
-    KP, size = up(weight.size(1)), weight.element_size()
-    return (8, min(512 // size, KP)) if KP <= 1024 else (8 if KP <= 2048 else max(1, 16384 // (KP * size)), KP)
 
 
 def reads(model, memory):

@@ -12,8 +12,9 @@ import torch
 
 from attention import attend_explicit
 from cache import Memory
-from further import compiled, kernel_bench, kernels, reading
+from further import compiled, kernel_bench, kernels, many_rows, reading
 from further.kernels import Step, triton, up
+from further.many_rows import ManyRows
 from generate import generate
 from model import BART, GPT
 from plumbing.errors import UserError
@@ -60,28 +61,28 @@ class Pair:
             lengths = torch.arange(n_source, n_source - B, -1, device=DEVICE) if ragged else None
             encoded = model.encode(torch.randint(V, (B, n_source), device=DEVICE), lengths)
             self.source = {"memory": model.project(encoded, lengths)}
-        at = torch.tensor(starts, device=DEVICE) - 1
-        self.at = at.view(-1, 1) if len(starts) > 1 else at
+        self.at = (torch.tensor(starts, device=DEVICE) - 1).expand(B).reshape(B, 1).clone()
         self.caches = [model.new_cache(B, self.ids.size(1)) for _ in "ab"]
         for cache in self.caches:
             model.features(self.ids[:, : max(starts)], cache=cache, start_pos=0, **self.source)
-        self.step = Step(model, self.ids, self.at, self.caches[0], self.source.get("memory"), n_vocab)
+        kind = Step if B in Step.ROWS else ManyRows
+        self.step = kind(model, self.ids, self.at, self.caches[0], self.source.get("memory"), n_vocab)
 
     def check(self, bound):
         """One step of both: the largest logit of every block, and the caches, are near, the ids equal."""
-        B, at = len(self.ids), self.at.view(-1, 1).expand(len(self.ids), 1).clone()
-        newest, start = self.ids.gather(1, at), self.at.view(-1).clone()
+        B, at = len(self.ids), self.at.clone()
+        newest, start = self.ids.gather(1, at), at.view(-1)
         x = self.model.features(newest, cache=self.caches[1], start_pos=start, **self.source)
         logits = self.model.lm_head(x)[:, 0, : self.n_vocab].float()
         self.step()
-        width = kernels.block(self.model.lm_head.weight)[0]
+        width = self.step.block(self.model.lm_head.weight)[0]
         padded = torch.nn.functional.pad(logits, (0, -logits.size(1) % width), value=float("-inf"))
         most = padded.view(B, -1, width).amax(-1)
         assert (self.step.most - most).abs().max() <= bound * logits.abs().max()
         for ours, plain in zip(*(cache.k + cache.v for cache in self.caches)):
             assert (ours - plain).abs().max() <= bound * plain.abs().max()
         assert torch.equal(self.ids.gather(1, at + 1), logits.argmax(-1, keepdim=True)), at
-        assert torch.equal(self.at.view(-1, 1).expand(B, 1), (at + 1).clamp(max=self.ids.size(1) - 2))
+        assert torch.equal(self.at, (at + 1).clamp(max=self.ids.size(1) - 2))
 
 
 CASES = {
@@ -93,6 +94,10 @@ CASES = {
     "bart, ragged sources": (BART, dict(scale_embedding=True, n_cross_kv_head=1), 3, [2, 1, 2],
                              dict(n_source=12, ragged=True)),
     "bart without a source": (BART, {}, 2, [2], {}),
+    "many rows": (GPT, dict(n_embd=48, n_head=3), 6, [5], {}),
+    "many rows at places of their own, shared heads": (GPT, dict(n_head=4, n_kv_head=2, tie_weights=False), 18,
+                                                       [1 + i % 7 for i in range(18)], dict(n_vocab=13)),
+    "many rows of a bart, ragged sources": (BART, {}, 7, [2, 1, 3, 2, 1, 1, 4], dict(n_source=12, ragged=True)),
 }
 
 
@@ -110,19 +115,29 @@ def test_a_step_is_the_plain_models(name):
 @runs
 @torch.inference_mode()
 def test_warps_may_share_rows_of_a_weight(monkeypatch):
-    monkeypatch.setattr(kernels, "block", lambda weight: (2, up(weight.size(1))))
+    monkeypatch.setattr(Step, "block", lambda self, weight: (2, up(weight.size(1))))
     Pair(build(BART), 2, [3], 1, n_source=5).check(1e-5)
 
 
 @runs
 @pytest.mark.parametrize("cls, n_source", [(GPT, None), (BART, 33)])
+@pytest.mark.parametrize("rows", [2, 5])
 @torch.inference_mode()
-def test_tiles_of_attention_are_joined(cls, n_source, monkeypatch):
-    """Positions of one tile, of several, and of none yet; a tile's first position and its last."""
+def test_tiles_of_attention_are_joined(cls, n_source, rows, monkeypatch):
+    """Positions of one tile, of several, and of none yet; a tile's first and its last; many programs or one."""
     monkeypatch.setattr(kernels, "TILE", 16)
-    pair = Pair(build(cls), 2, [15, 1], 3, n_source, ragged=bool(n_source))
+    monkeypatch.setattr(ManyRows, "tiles", lambda self, S, own: (16, 1 if own else 2, 1))
+    pair = Pair(build(cls), rows, [15, 1, 32, 33, 17][:rows], 3, n_source, ragged=bool(n_source))
     for _ in range(3):
         pair.check(1e-5)
+
+
+@runs
+@pytest.mark.parametrize("cls, n_source", [(GPT, None), (BART, 5)])
+@torch.inference_mode()
+def test_columns_of_a_weight_may_be_several_programs(cls, n_source, monkeypatch):
+    monkeypatch.setattr(many_rows, "WIDE", 16)  # 32 or 40 columns: two of them, or three, the last half full
+    Pair(build(cls), 5, [3], 1, n_source).check(1e-5)
 
 
 @runs
@@ -167,14 +182,15 @@ def test_a_model_that_reads_so_is_another_around_the_same_weights(cls, n_source,
 
 
 @on_gpu  # the interpreter does not turn int8 into bfloat16
+@pytest.mark.parametrize("rows", [2, 5])
 @torch.inference_mode()
-def test_int8_weights_have_a_scale_for_each_row():
+def test_int8_weights_have_a_scale_for_each_row(rows):
     model = build(GPT)
     for module in list(model.modules()):
         for name, child in module.named_children():
             if isinstance(child, torch.nn.Linear):
                 setattr(module, name, Int8(child))
-    Pair(model, 2, [4], 1).check(1e-5)
+    Pair(model, rows, [4], 1).check(1e-5)
 
 
 @runs
@@ -191,14 +207,15 @@ def test_of_equal_logits_the_lowest_id_is_chosen_and_what_is_not_finite_is_notic
 
 
 @runs
+@pytest.mark.parametrize("rows", [2, 5])
 @torch.inference_mode()
-def test_a_step_beyond_the_end_harms_nothing():
-    pair = Pair(build(GPT), 2, [3], 1)
+def test_a_step_beyond_the_end_harms_nothing(rows):
+    pair = Pair(build(GPT), rows, [3], 1)
     for _ in range(2):
         pair.check(1e-5)
     before = pair.ids.clone()
     pair.step()
-    assert torch.equal(pair.ids, before) and pair.at.item() == pair.ids.size(1) - 2
+    assert torch.equal(pair.ids, before) and (pair.at == pair.ids.size(1) - 2).all()
 
 
 @on_gpu
@@ -211,7 +228,7 @@ def test_at_published_sizes_200_captured_steps_are_as_exact_as_the_plain_ones(na
     cache = exact.new_cache(2, pair.ids.size(1))
     sources = {"memory": Memory([(k.double(), v.double()) for k, v in memory.kv], memory.key_pos)} if source else {}
     exact.features(pair.ids[:, :32], cache=cache, start_pos=0, **sources)
-    width, step, apart = kernels.block(pair.model.lm_head.weight)[0], captured(pair.step), []
+    width, step, apart = pair.step.block(pair.model.lm_head.weight)[0], captured(pair.step), []
     pair.at.copy_(torch.tensor([[31], [16]]))  # a capture takes steps
 
     def tops(model, cache, sources):
@@ -230,27 +247,30 @@ def test_at_published_sizes_200_captured_steps_are_as_exact_as_the_plain_ones(na
 
 @on_gpu
 @pytest.mark.parametrize("cls", [GPT, BART])
-@pytest.mark.parametrize("rows", [1, 3, 6])  # six are more than the kernels are for
-def test_a_compiled_decoding_writes_what_the_plain_one_does_request_after_request(cls, rows):
+@pytest.mark.parametrize("rows", [1, 3, 6, 65])  # the last are more than the kernels are for
+def test_a_compiled_decoding_writes_what_the_plain_one_does_request_after_request(cls, rows, monkeypatch):
+    monkeypatch.setattr(ManyRows, "fits", classmethod(Step.fits.__func__))  # float32, which can be compared, as well
     model = build(cls)
     for longest, n in ((9, 40), (5, 12), (22, 30)):
         prompts = [[(7 * i + row) % 21 for i in range(max(1, longest - row))] for row in range(rows)]
         assert generate(model, prompts, n, strategy=compiled.compiled) == generate(model, prompts, n)
     [made] = compiled.steps(model).idle.values()
-    assert len(made) == 1 and bool(made[0].kernels) == (rows <= 4)
+    kinds = {1: Step, 3: Step, 6: ManyRows, 65: type(None)}
+    assert len(made) == 1 and type(made[0].kernels) is kinds[rows]
 
 
 @on_gpu
+@pytest.mark.parametrize("rows", [1, 6])
 @torch.inference_mode()
-def test_bfloat16_chooses_no_worse_than_the_plain_model_does():
+def test_bfloat16_chooses_no_worse_than_the_plain_model_does(rows):
     """Both miss the most likely id of the same weights in float32 at times, by how much is what counts."""
     model = random_model("gpt2", torch.bfloat16, DEVICE)
-    pair = Pair(model, 1, [32], 100)
+    pair = Pair(model, rows, [32], 100)
     for _ in range(100):
         pair.step()
-    plain, ours = model(pair.ids)[0, 31:131].argmax(-1), pair.ids[0, 32:132]
-    logits = model.float()(pair.ids)[0, 31:131]
-    lost = [(logits.amax(-1) - logits.gather(1, ids[:, None])[:, 0]).mean() for ids in (ours, plain)]
+    plain, ours = model(pair.ids)[:, 31:131].argmax(-1), pair.ids[:, 32:132]
+    logits = model.float()(pair.ids)[:, 31:131]
+    lost = [(logits.amax(-1) - logits.gather(2, ids[..., None])[..., 0]).mean() for ids in (ours, plain)]
     assert 0 < lost[0] < 1.2 * lost[1] < 0.2 * logits.std()
 
 
@@ -261,7 +281,7 @@ def test_elsewhere_the_plain_model_does_it():
     assert not Step.fits(model.cpu(), ids, cache)
 
 
-@pytest.mark.parametrize("rows, remedy", [("1", "use bench.py decode"), ("5", "must be from 1 to 4")])
+@pytest.mark.parametrize("rows, remedy", [("1", "use bench.py decode"), ("65", "must be from 1 to 64")])
 @pytest.mark.skipif(DEVICE == "cuda", reason="this is for where there is no CUDA device")
 def test_what_the_command_cannot_measure_is_refused(rows, remedy):
     with pytest.raises(UserError, match=remedy):
@@ -271,14 +291,16 @@ def test_what_the_command_cannot_measure_is_refused(rows, remedy):
 @on_gpu
 @torch.inference_mode()
 def test_what_does_not_fit_is_said():
-    def fits(model, rows=1, length=8, **cached):
+    def fits(model, rows=1, length=8, kind=Step, **cached):
         ids = torch.zeros(rows, length, dtype=torch.long, device=DEVICE)
         cache = model.new_cache(rows, cached.get("room", length))
         model.features(ids[:, :1], cache=cache, start_pos=0)
-        return Step.fits(model, ids, cache)
+        return kind.fits(model, ids, cache)
 
     assert fits(build(GPT)) and fits(build(BART), rows=4) and fits(build(GPT, dtype=torch.float16))
     assert not fits(build(GPT), rows=5) and not fits(build(GPT, dtype=torch.float64))
+    many = lambda rows, dtype=torch.float16: fits(build(GPT, dtype=dtype), rows, kind=ManyRows)
+    assert [rows for rows in (4, 5, 64, 65) if many(rows)] == [5, 64] and not many(5, torch.float32)
     assert not fits(build(GPT, pattern="local:4")) and not fits(build(GPT, n_embd=36, n_head=3))
     assert not fits(build(GPT), length=8, room=6)
 
