@@ -111,7 +111,7 @@ class ManyRows(Step):
         if norm is not None:
             self.launch(norms, self.B, x, self.some, self.bias, norm.weight, norm.bias, self.x, EPS=norm.eps,
                         KEEP=kept is None, PARTS=self.parts, B=self.B, C=K, CP=up(K))
-            x, self.parts = self.x, 0
+            x = self.x
         if residual is not None:
             BN, own = 64, WIDE * triton.cdiv(K, WIDE * self.shares)
             self.parts, self.bias, bias, y = triton.cdiv(K, own), bias, None, self.some
