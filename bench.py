@@ -229,6 +229,8 @@ def main(args=None):
         return print_speed(args, parser.parse_args, words)
     if args.section in ("trace", "report") and args.rows > 1:
         raise UserError(f"{args.section} shows one text: leave out --num-samples {args.rows}")
+    if args.section == "trace":
+        cli.check_counted(args)
     decoding[args.section][0](cli.read(args), args)
 
 

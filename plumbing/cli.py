@@ -26,6 +26,7 @@ STRATEGY = "naive, hoisted (BART), cached, or MODULE:FUNCTION for one of your ow
 SOURCES = [["--model", "--prompt"], ["--model", "--prompt-file"], ["--model", "-"], ["--model", "--prompts"],
            ["--random", "--prompt-tokens"]]
 CHATS = [["--model"], *SOURCES[:2]]  # standard input is what is said
+COMPILED = "further.compiled:compiled"  # what --compile stands for
 # what these are unless something else is asked
 IDLE = {"num_samples": 1, "strategy": "cached", "overflow": "refuse", "compile": False}
 # a technique and what does not go with it; beams come last, since a generation_config.json may ask for them
@@ -186,6 +187,13 @@ def check(args):
         raise UserError(f"--beams {args.beams} must be from 1 (greedy) to {MAX_SAMPLES}")
 
 
+def check_counted(args):
+    """Raise UserError if hooks, which count, would see nothing of the strategy."""
+    if args.strategy == COMPILED:
+        raise UserError(f"--strategy {COMPILED}: what is compiled is one piece, of which nothing can be counted: leave "
+                        f"it out, bench.py decode and prefill have --compile")
+
+
 def clash(args, technique):
     """The first argument that does not go with this technique, as it was typed; None if none was given."""
     for name, value in given(args, *APART[technique]).items():
@@ -240,7 +248,7 @@ def ask(args, model, tokenizer, published):
     options = {"ignore_eos": args.ignore_eos or args.random is not None, **rules, **chosen(args)}
     options |= given(args, "strategy", "num_samples", "overflow", "batch_size")
     if args.compile:
-        options["strategy"] = "further.compiled:compiled"
+        options["strategy"] = COMPILED
     if stops := read_stops(args, tokenizer, published):
         options["stop"] = Stops(tokenizer, stops)
     beams = beam_options(args, published, rules["n_vocab"], stops)

@@ -142,6 +142,7 @@ def measure(args, parse, words):
                                 f"{', '.join(f'--{how}' for how in sorted(HOW))} can differ")
     for variant in variants:
         cli.check(variant)
+        cli.check_counted(variant)
         variant.ignore_eos = True
     check(args, others)
     with tempfile.TemporaryDirectory() as folder:

@@ -149,3 +149,9 @@ def test_ways_that_cannot_be_compared_are_refused(args, words):
 def test_what_looks_on_from_outside_does_not_know_a_compiled_step(section):
     done = call(bench.main, section, "--random", "gpt2", "--prompt-tokens", 8, "--compile")
     assert done.code == 2 and "--compile" in done.err and done.err.count("\n") == 1
+
+
+def test_a_trace_of_a_compiled_step_is_refused():
+    done = call(bench.main, "trace", "--random", "gpt2", "--model.n_layer=1", *SMALL, "--prompt-tokens", 8,
+                "--strategy", "further.compiled:compiled")
+    assert done.code == 2 and "nothing can be counted" in done.err and done.err.count("\n") == 1 and not done.out

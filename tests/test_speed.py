@@ -157,6 +157,7 @@ def test_what_should_write_the_same_and_does_not_ends_it(more, code, here, monke
     (["--against", "ctranslate2:int4"], "int4"), (["--repeats", 0], "--repeats 0"), (["--max-new-tokens", 1], "--max-new-tokens 1"),
     (["--also", "--max-new-tokens 3"], "another model or text"), (["--also", "--model.n_layer=3"], "--model.n_layer=3"),
     (["--also", "--nothing"], "--also '--nothing'"), (["--also", "--compile --strategy naive"], "do not go together"),
+    (["--strategy", "further.compiled:compiled"], "--compile"), (["--also", "--strategy further.compiled:compiled"], "--compile"),
     (["--against", "hf", "--model.n_kv_head=1"], "mindecode-gpt"), (["--plot", "no/where.png"], "no/where.png")])
 def test_what_cannot_be_measured_is_refused_in_a_line(more, words, monkeypatch):
     monkeypatch.setattr(speed, "working", None)
