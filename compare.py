@@ -113,6 +113,7 @@ def compare(model, makes, prompts, max_new_tokens, **options):
         outcomes.append(dict(
             strategy=name, identical=first is None, first_difference=first, logit_difference=largest, finding=finding,
             encoder_tokens=counts[0], decoder_tokens=counts[1], closed_form=closed,
+            unseen=max(0, len(seconds) - cost.steps),  # calls that hooks saw nothing of: they were compiled
             prefill_tokens=cost.encoder[1] + cost.decoder[1], linear_rows=rows_through(cost.linear_rows),
             layer_rows={name.split(".", 2)[2]: rows for name, rows in cost.linear_rows.items()
                         if name.startswith(("h.0.", "decoder.0."))},

@@ -87,13 +87,13 @@ def comparison_table(result):
     rows = [["strategy", "tokens", "logits differ", "verdict", "encoder", "decoder", "total", "closed form",
              "linear rows", "seconds", "first call", "ms/token after", "speed"]]
     for s in result["strategies"]:
-        encoder, decoder = s["encoder_tokens"], s["decoder_tokens"]
+        encoder, decoder, rows_seen = s["encoder_tokens"], s["decoder_tokens"], s["linear_rows"]
         closed = f"{sum(s['closed_form']):,}" if s["closed_form"] else "-"
-        counts = [f"{n:,}" for n in (encoder, decoder, encoder + decoder)]
+        counts = ["-" if s["unseen"] else f"{n:,}" for n in (encoder, decoder, encoder + decoder, rows_seen)]
         later = "-" if s["token_seconds"] is None else f"{1000 * s['token_seconds']:.2f}"
         rows.append([s["strategy"], "same" if s["identical"] else "DIFFER", f"{s['logit_difference']:.1e}",
-                     s["finding"]["verdict"], *counts, closed, f"{s['linear_rows']:,}",
-                     f"{s['seconds']:.3f}", f"{s['first_seconds']:.3f}", later, f"{s['speed']:.2f}x"])
+                     s["finding"]["verdict"], *counts[:3], closed, counts[3], f"{s['seconds']:.3f}",
+                     f"{s['first_seconds']:.3f}", later, f"{s['speed']:.2f}x"])
     lines = [f"{s['strategy']}: {told(s)}" for s in result["strategies"] if s["finding"]["verdict"] != "equal"]
     by_name = {s["strategy"]: s for s in result["strategies"]}
     if {"hoisted", "cached"} <= by_name.keys():

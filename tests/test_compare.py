@@ -219,6 +219,15 @@ def test_decoder_prompts_are_compared_too():
     assert (found["verdict"], found["step"]) == ("bug", 1)  # it read the sources backwards
 
 
+def test_of_what_hooks_do_not_see_no_counts_are_shown():
+    model = gpt()
+    unseen, cached = gpt(), strategies(model)["cached"]
+    makes = {"cached": cached, "unseen": lambda _, *request: cached(unseen, *request)}
+    rows = [line.split() for line in comparison_table(compare(model, makes, PROMPTS, 8)).splitlines()]
+    [seen], [other] = ([row[4:7] + row[8:9] for row in rows if row[:1] == [name]] for name in makes)
+    assert other == ["-"] * 4 and all(count.isdecimal() for count in seen)
+
+
 def test_a_choice_that_the_logits_do_not_explain_is_a_bug():
     def stubborn(model, sources, B, room, choose):
         return program.cached(model, sources, B, room, lambda logits, rows, which: [
