@@ -35,8 +35,8 @@ BYTE = {letter: b for b, letter in LETTER.items()}
 
 # Cuts a text as GPT-2 does; merges stay inside. tiktoken's own pattern says the same with a possessive quantifier in
 # every branch, which its regular expressions can only take in steps; the one that is left keeps white space at the end
-# off the stack.
-WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s++$|\s+(?!\S)|\s"
+# off the stack. What needs no lookahead is in brackets, which makes it one search where each branch would be one.
+WORDS = r"(?:'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+)|\s++$|\s+(?!\S)|\s"
 WHITE = regex.compile(r"\p{White_Space}{500,}+")
 SPECIAL = regex.compile(r"<.*>|\[.*\]|madeupword\d+")  # how vocabularies spell entries that no text produces
 
