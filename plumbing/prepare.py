@@ -170,6 +170,8 @@ def prepare(directory, paths, tokenizer, vocab_size, workers, piece=PIECE):
                   directory.resolve().is_relative_to(Path(path).resolve())]:
         raise UserError(f"{directory} is in {inside[0]}, and would be read as a part of it; write elsewhere")
     pieces = Pieces(sources(paths), piece)
+    if tokenizer not in KINDS:
+        tokenizer = of_gpt(tokenizer)
     asked = {"tokenizer": named(tokenizer, vocab_size), "piece": piece, "pieces": len(pieces), "files": pieces.files}
     if not is_prepared(directory):
         begun(directory, asked, make_tokenizer(tokenizer, vocab_size, pieces))
@@ -181,20 +183,25 @@ def prepare(directory, paths, tokenizer, vocab_size, workers, piece=PIECE):
     return Prepared(directory)
 
 
+def of_gpt(directory):
+    """The tokenizer in a directory. Raises UserError if there is none, or one that frames what it encodes."""
+    held = load_tokenizer(directory) if os.path.isdir(directory) else None
+    if held is None or held.seq2seq:
+        raise UserError(f"the tokenizer {directory!a} is {'a BART' if held else 'none'}; choose {', '.join(KINDS)}, or "
+                        f"the directory of a GPT")
+    return held
+
+
 def named(tokenizer, vocab_size):
     """A tokenizer as a manifest has it: its kind, or a hash of what its ids mean."""
     if tokenizer in KINDS:
         return f"bpe of {vocab_size}" if tokenizer == "bpe" else tokenizer
-    held = load_tokenizer(tokenizer) if os.path.isdir(tokenizer) else None
-    if held is None or held.seq2seq:
-        raise UserError(f"the tokenizer {tokenizer!a} is {'a BART' if held else 'none'}; choose {', '.join(KINDS)}, or "
-                        f"the directory of a GPT")
-    return hashlib.sha256(repr((held.tokens, held.specials)).encode()).hexdigest()
+    return hashlib.sha256(repr((tokenizer.tokens, tokenizer.specials)).encode()).hexdigest()
 
 
 def make_tokenizer(tokenizer, vocab_size, pieces):
     if tokenizer not in KINDS:
-        return load_tokenizer(tokenizer)
+        return tokenizer
     text = {"bpe": lambda: sample(pieces), "char": lambda: letters(pieces)}.get(tokenizer, str)()
     return train_tokenizer(tokenizer, text, vocab_size)
 

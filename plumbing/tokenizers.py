@@ -110,28 +110,28 @@ class BPETokenizer(Tokenizer):
     def __init__(self, merges, vocab):
         self.merges, self.vocab = merges, vocab
         check_ids(vocab)
-        rank = {letter: n for n, letter in enumerate(BYTE)}
+        spelt = {letter: bytes([byte]) for letter, byte in BYTE.items()}  # in the order of the ranks
         for n, (left, right) in enumerate(merges):
             token = left + right
-            if left not in rank or right not in rank or token in rank:
+            if left not in spelt or right not in spelt or token in spelt:
                 raise UserError(f"merge {n} of the vocabulary, {left!a} + {right!a}, uses a token that no "
                                 f"earlier merge builds or builds {token!a} again; fetch the file again")
             if token not in vocab:  # also keeps a few lines of doublings from asking for terabytes
                 raise UserError(f"merge {n} builds {token!a}, which the vocabulary lacks; fetch both again")
-            rank[token] = len(rank)
+            spelt[token] = spelt[left] + spelt[right]
         if missing := [letter for letter in BYTE if letter not in vocab]:
             raise UserError(f"the vocabulary lacks {len(missing)} of the 256 bytes, first {missing[0]!a}; "
                             f"only byte-level vocabularies like GPT-2's and BART's can be read")
-        specials = {name: id for name, id in vocab.items() if name not in rank}
+        specials = {name: id for name, id in vocab.items() if name not in spelt}
         if odd := [name for name in specials if not SPECIAL.fullmatch(name)]:
             raise UserError(f"the vocabulary holds {len(odd)} tokens that no merge builds, first {odd[0]!a}; "
                             f"the merges file may be cut short, fetch it again")
-        self.table = np.array([vocab[token] for token in rank], dtype=np.uint32)
+        self.table = np.array([vocab[token] for token in spelt], dtype=np.uint32)
         tokens = [b""] * len(vocab)
-        for token in rank:
-            tokens[vocab[token]] = bytes(BYTE[letter] for letter in token)
-        self.bpe = tiktoken.Encoding("bpe", pat_str=WORDS, special_tokens={END: len(rank)}, mergeable_ranks={
-            tokens[vocab[token]]: n for token, n in rank.items()})
+        for token, data in spelt.items():
+            tokens[vocab[token]] = data
+        self.bpe = tiktoken.Encoding("bpe", pat_str=WORDS, special_tokens={END: len(spelt)}, mergeable_ranks={
+            data: n for n, data in enumerate(spelt.values())})
         super().__init__(tokens, specials)
 
     def encode_plain(self, text):
