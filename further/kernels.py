@@ -252,7 +252,7 @@ class Step:
         parts = triton.cdiv(V, self.block(model.lm_head.weight)[0])
         self.most, which = new(self.B, parts), new(self.B, parts, dtype=torch.int32)
         self.product(stream, model.lm_head, self.most, next(norms), which=which, N=V)
-        self.launch(choose, self.B, self.most, which, ids, at, self.finite, parts, length, PP=up(parts))
+        self.launch(choose, self.B, self.most, which, ids, at, self.finite, parts, length, PP=up(parts), num_warps=16)
 
     @classmethod
     def fits(cls, model, ids, cache, memory=None):
