@@ -247,6 +247,7 @@ from plumbing import errors, ranks
 def main():
     with ranks.joined():
         print("joined", flush=True)
+        ranks.total(1)  # both are here
         if os.environ["RANK"] == "1" and sys.argv[1] == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
         if os.environ["RANK"] == "1" or sys.argv[1] == "stopped":
