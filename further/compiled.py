@@ -27,8 +27,7 @@ from torch.nn import functional as F
 
 from attention import NOWHERE
 from cache import Memory
-from further.kernels import Step
-from further.many_rows import ManyRows
+from further.many_rows import kind_of
 from further.reading import reading
 from generate import advance, encode, project
 from plumbing.checks import check_room
@@ -146,8 +145,9 @@ class Buffers:
         for x, axis in self.sized():
             torch._dynamo.maybe_mark_dynamic(x, axis)
         args = self.ids, self.at, self.cache, self.memory
-        kinds = [kind for kind in (Step, ManyRows) if inside and kind.fits(model, self.ids, self.cache, self.memory)]
-        self.kernels = kinds[0](model, *args, n_vocab) if kinds else None
+        kind = kind_of(B)
+        fits = inside and kind.fits(model, self.ids, self.cache, self.memory)
+        self.kernels = kind(model, *args, n_vocab) if fits else None
         if self.kernels:  # up to 64 rows on a GPU
             self.once, self.finite = self.kernels, self.kernels.finite
         else:

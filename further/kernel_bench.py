@@ -20,8 +20,7 @@ if __name__ == "__main__":
 import torch
 
 from further.compiled import Steps, greedy
-from further.kernels import Step
-from further.many_rows import ManyRows
+from further.many_rows import ManyRows, kind_of
 from further.quantize import quantize
 from generate import advance, encode, project
 from plumbing.models import random_model
@@ -73,8 +72,7 @@ class Text:
         return partial(step, self.ids, self.at, self.cache, self.memory, finite, None)
 
     def step(self, **options):
-        kind = Step if len(self.ids) in Step.ROWS else ManyRows
-        return kind(self.model, self.ids, self.at, self.cache, self.memory, **options)
+        return kind_of(len(self.ids))(self.model, self.ids, self.at, self.cache, self.memory, **options)
 
     def seconds(self, call):
         """Of a step, median of five texts."""

@@ -1,7 +1,7 @@
 """
 A decode step of one row, or of a few, in four small Triton kernels: how near does it come to the memory's bandwidth?
 
-    python -m further.kernels --random gpt2 --prompt-tokens 32 --max-new-tokens 224
+    python -m further.kernel_bench --random gpt2 --prompt-tokens 32 --max-new-tokens 224
 
 One token needs every weight once, and next to no arithmetic. So a step should take bytes / bandwidth: 58 us for gpt2 in
 bfloat16 on an H200. What keeps it from that is not multiplying but waiting: a kernel begins when the one before it has
@@ -138,13 +138,25 @@ def product(x, weight, scale, bias, gain, shift, gained, kept, residual, y, whic
 
 
 @jit
+def look(K, V, Q, sees, top, total, out):
+    """
+    A tile of keys and values more (TILE, D), of which some are seen (TILE, 1), for a query (1, D): the running maximum,
+    sum and result of attention (Milakov and Gimelshein 2018).
+    """
+    a = tl.where(sees, tl.sum(K.to(tl.float32) * Q, 1, keep_dims=True), -1e30)
+    higher = tl.maximum(top, tl.max(a))
+    e, fade = tl.where(sees, tl.exp(a - higher), 0.0), tl.exp(top - higher)  # fade: of what was summed before
+    return higher, total * fade + tl.sum(e), out * fade + tl.sum(e * V.to(tl.float32), 0)
+
+
+@jit
 def attention(q, keys, values, count, y, some, arrived, of_row, of_head, of_key, OWN: tl.constexpr, H: tl.constexpr,
               KV: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, TP: tl.constexpr, PDL: tl.constexpr):
     """
     A query against the first count[row] keys of its row. OWN: q is followed by the newest key and value, which are
-    stored at count[row] and seen as well. Programs share the tiles of keys for a head of a row; each keeps a running
-    maximum, sum and result (Milakov and Gimelshein 2018), and the last one to arrive joins them (Flash-Decoding, Dao
-    et al. 2023). Heads that share keys read them again, from the L2 cache.
+    stored at count[row] and seen as well. Programs share the tiles of keys for a head of a row, and the last one to
+    arrive joins what they found (Flash-Decoding, Dao et al. 2023). Heads that share keys read them again, from the L2
+    cache.
     """
     tile, head, row, d = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64), tl.arange(0, D)
     tiles, group = tl.num_programs(0), head // (H // KV)
@@ -163,10 +175,7 @@ def attention(q, keys, values, count, y, some, arrived, of_row, of_head, of_key,
             tl.store(values + at + n * of_key, value)
             top, total, out = tl.sum(newest.to(tl.float32) * Q), 1.0, tl.sum(value.to(tl.float32), 0)
     while first < n:
-        a = tl.where(s < n, tl.sum(K.to(tl.float32) * Q, 1, keep_dims=True), -1e30)  # (TILE, 1)
-        higher = tl.maximum(top, tl.max(a))
-        e, fade = tl.where(s < n, tl.exp(a - higher), 0.0), tl.exp(top - higher)  # fade: of what was summed before
-        top, total, out = higher, total * fade + tl.sum(e), out * fade + tl.sum(e * V.to(tl.float32), 0)
+        top, total, out = look(K, V, Q, s < n, top, total, out)
         first, s = first + tiles * TILE, s + tiles * TILE
         K = tl.load(keys + at + s * of_key, mask=s < n, other=0.0)
         V = tl.load(values + at + s * of_key, mask=s < n, other=0.0)

@@ -21,7 +21,7 @@ from further.kernels import Step, activated, jit, triton, up, wait
 if triton:
     import triton.language as tl
 
-WIDE = 128  # columns that a program multiplies at a time
+TALL, WIDE = 64, 128  # rows and columns of a weight that a program multiplies at a time
 BUSY = 132  # programs that keep a GPU busy: as many as an H200 has processors
 
 
@@ -35,14 +35,14 @@ def norms(stream, some, bias, gain, shift, x, EPS: tl.constexpr, KEEP: tl.conste
     row, c = tl.program_id(0), tl.arange(0, CP)
     G = tl.load(gain + c, mask=c < C, other=0.0).to(tl.float32)
     S = tl.load(shift + c, mask=c < C, other=0.0).to(tl.float32)
-    if PARTS and bias is not None:
+    if bias is not None:
         add = tl.load(bias + c, mask=c < C, other=0.0).to(tl.float32)
     wait(PDL)
     stream += row * C + c
     X = tl.load(stream, mask=c < C, other=0.0)
     for part in tl.static_range(PARTS):
         X += tl.load(some + (part * B + row) * C + c, mask=c < C, other=0.0)
-    if PARTS and bias is not None:
+    if bias is not None:
         X += add
     apart = tl.where(c < C, X - tl.sum(X) / C, 0.0)
     normed = apart * tl.rsqrt(tl.sum(apart * apart) / C + EPS) * G + S
@@ -75,16 +75,15 @@ def products(x, weight, scale, bias, y, which, N, GELU: tl.constexpr, B: tl.cons
         w = tl.load(W + at, mask=at < K, other=0.0).to(x.dtype.element_ty)
         X = tl.load(x + b[:, None] * K + at, mask=(b[:, None] < B) & (at < K), other=0.0)
         r = tl.dot(w, tl.trans(X), r, input_precision="ieee")
-    n, b = n[:, None], b[None]
+    n = n[:, None]
     if scale is not None:
         r *= tl.load(scale + n, mask=n < N, other=0.0)
     if bias is not None:
         r += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
     r = activated(r, GELU)
     if which is None:
-        tl.store(y + (share * B + b) * N + n, r.to(y.dtype.element_ty), mask=(b < B) & (n < N))
+        tl.store(y + (share * B + b[None]) * N + n, r.to(y.dtype.element_ty), mask=(b[None] < B) & (n < N))
     else:
-        b = tl.arange(0, BP)
         r = tl.where(n < N, tl.where(r == r, r, float("inf")), float("-inf"))  # as in product()
         most, found = tl.max(r, 0, return_indices=True)
         tl.store(y + b * tl.num_programs(0) + part, most, mask=b < B)
@@ -99,24 +98,24 @@ class ManyRows(Step):
     def __init__(self, model, ids, at, cache, *args, **options):
         B, C = len(ids), model.config.n_embd
         self.x = torch.empty(B, C, dtype=cache.k[0].dtype, device=ids.device)
-        self.shares = max(1, BUSY // triton.cdiv(C, 64))  # of a product whose result goes to the stream
-        self.some = torch.empty(self.shares, B, C, device=ids.device)
+        shares = max(1, BUSY // triton.cdiv(C, TALL))  # of a product whose result goes to the stream
+        self.some = torch.empty(shares, B, C, device=ids.device)
         self.parts, self.bias = 0, None  # what the next norm is to add to the stream
         super().__init__(model, ids, at, cache, *args, **options)
 
     def product(self, x, linear, y, norm=None, kept=None, residual=None, which=None, N=None, GELU=None):
         weight, scale, bias, (rows, K) = linear.weight, getattr(linear, "scale", None), linear.bias, linear.weight.shape
-        (BN, wide), own = self.block(weight), K
+        (BN, BK), own = self.block(weight), K
         self.nbytes += weight[:N].nbytes
         if norm is not None:
             self.launch(norms, self.B, x, self.some, self.bias, norm.weight, norm.bias, self.x, EPS=norm.eps,
                         KEEP=kept is None, PARTS=self.parts, B=self.B, C=K, CP=up(K))
             x = self.x
         if residual is not None:
-            BN, own = 64, WIDE * triton.cdiv(K, WIDE * self.shares)
+            BN, own = TALL, BK * triton.cdiv(K, BK * len(self.some))
             self.parts, self.bias, bias, y = triton.cdiv(K, own), bias, None, self.some
         self.launch(products, (triton.cdiv(N or rows, BN), triton.cdiv(K, own)), x, weight, scale, bias, y, which,
-                    N or rows, GELU=GELU, B=self.B, BP=max(16, up(self.B)), K=K, OWN=own, BN=BN, BK=wide)
+                    N or rows, GELU=GELU, B=self.B, BP=max(16, up(self.B)), K=K, OWN=own, BN=BN, BK=BK)
 
     @classmethod
     def fits(cls, model, ids, cache, memory=None):
@@ -126,9 +125,14 @@ class ManyRows(Step):
     @staticmethod
     def block(weight):
         """Of a weight (N, K): how many rows a program takes, if it takes whole ones, and how many columns at a time."""
-        return 64 if len(weight) >= 2048 else 16, WIDE
+        return TALL if len(weight) >= 2048 else 16, WIDE
 
     @staticmethod
     def tiles(S, own):
         """As Step's. A program of one warp waits for no other, and there are many; of a source, which is long, two."""
         return 32, 1 if own else 2, 1
+
+
+def kind_of(B):
+    """The Step for so many rows, if there is one."""
+    return Step if B in Step.ROWS else ManyRows

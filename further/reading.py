@@ -21,7 +21,7 @@ from copy import deepcopy
 import torch
 
 from attention import Causal, Everything, dense
-from further.kernels import jit, triton, up
+from further.kernels import jit, look, triton, up
 
 if triton:
     import triton.language as tl
@@ -39,13 +39,9 @@ def one_query(q, keys, values, seen, y, S, q_row, q_head, of_row, of_head, of_ke
         s = first + tl.arange(0, TILE)[:, None]
         sees = tl.load(seen + row * seen_row + s, mask=s < S, other=0) != 0
         if tl.max(sees.to(tl.int32)) > 0:  # else nothing of this tile is read
-            K = tl.load(keys + at + s * of_key, mask=sees, other=0.0).to(tl.float32)
-            V = tl.load(values + at + s * of_key, mask=sees, other=0.0).to(tl.float32)
-            a = tl.where(sees, tl.sum(K * Q, 1, keep_dims=True), -1e30)  # (TILE, 1)
-            higher = tl.maximum(top, tl.max(a))
-            e = tl.where(sees, tl.exp(a - higher), 0.0)
-            fade = tl.exp(top - higher)  # of what was summed under a lower maximum
-            top, total, out = higher, total * fade + tl.sum(e), out * fade + tl.sum(e * V, 0)
+            K = tl.load(keys + at + s * of_key, mask=sees, other=0.0)
+            V = tl.load(values + at + s * of_key, mask=sees, other=0.0)
+            top, total, out = look(K, V, Q, sees, top, total, out)
         first += TILE
     tl.store(y + (row * H + head) * D + d, (out / total).to(y.dtype.element_ty))
 

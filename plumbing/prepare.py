@@ -170,11 +170,11 @@ def prepare(directory, paths, tokenizer, vocab_size, workers, piece=PIECE):
                   directory.resolve().is_relative_to(Path(path).resolve())]:
         raise UserError(f"{directory} is in {inside[0]}, and would be read as a part of it; write elsewhere")
     pieces = Pieces(sources(paths), piece)
-    if tokenizer not in KINDS:
-        tokenizer = of_gpt(tokenizer)
-    asked = {"tokenizer": named(tokenizer, vocab_size), "piece": piece, "pieces": len(pieces), "files": pieces.files}
+    held = None if tokenizer in KINDS else of_gpt(tokenizer)
+    asked = {"tokenizer": named(tokenizer, vocab_size, held), "piece": piece, "pieces": len(pieces),
+             "files": pieces.files}
     if not is_prepared(directory):
-        begun(directory, asked, make_tokenizer(tokenizer, vocab_size, pieces))
+        begun(directory, asked, held or make_tokenizer(tokenizer, vocab_size, pieces))
     with locked(directory):
         manifest = unchanged(directory, asked)
         lines = done(directory)
@@ -192,18 +192,16 @@ def of_gpt(directory):
     return held
 
 
-def named(tokenizer, vocab_size):
-    """A tokenizer as a manifest has it: its kind, or a hash of what its ids mean."""
-    if tokenizer in KINDS:
-        return f"bpe of {vocab_size}" if tokenizer == "bpe" else tokenizer
-    return hashlib.sha256(repr((tokenizer.tokens, tokenizer.specials)).encode()).hexdigest()
+def named(kind, vocab_size, held):
+    """A tokenizer as a manifest has it: its kind, or of one that is held a hash of what its ids mean."""
+    if held is not None:
+        return hashlib.sha256(repr((held.tokens, held.specials)).encode()).hexdigest()
+    return f"bpe of {vocab_size}" if kind == "bpe" else kind
 
 
-def make_tokenizer(tokenizer, vocab_size, pieces):
-    if tokenizer not in KINDS:
-        return tokenizer
-    text = {"bpe": lambda: sample(pieces), "char": lambda: letters(pieces)}.get(tokenizer, str)()
-    return train_tokenizer(tokenizer, text, vocab_size)
+def make_tokenizer(kind, vocab_size, pieces):
+    text = {"bpe": lambda: sample(pieces), "char": lambda: letters(pieces)}.get(kind, str)()
+    return train_tokenizer(kind, text, vocab_size)
 
 
 def sample(pieces):

@@ -14,7 +14,7 @@ from attention import attend_explicit
 from cache import Memory
 from further import compiled, kernel_bench, kernels, many_rows, reading
 from further.kernels import Step, triton, up
-from further.many_rows import ManyRows
+from further.many_rows import ManyRows, kind_of
 from generate import generate
 from model import BART, GPT
 from plumbing.errors import UserError
@@ -65,8 +65,7 @@ class Pair:
         self.caches = [model.new_cache(B, self.ids.size(1)) for _ in "ab"]
         for cache in self.caches:
             model.features(self.ids[:, : max(starts)], cache=cache, start_pos=0, **self.source)
-        kind = Step if B in Step.ROWS else ManyRows
-        self.step = kind(model, self.ids, self.at, self.caches[0], self.source.get("memory"), n_vocab)
+        self.step = kind_of(B)(model, self.ids, self.at, self.caches[0], self.source.get("memory"), n_vocab)
 
     def check(self, bound):
         """One step of both: the largest logit of every block, and the caches, are near, the ids equal."""
