@@ -211,7 +211,8 @@ class KVCache:
         self.settle()
         if self.k[0] is not None and len(self.k[0]) <= max(rows):  # batch_size is None, and no text had so many
             self.k, self.v = [None] * len(self.k), [None] * len(self.k)
-        self._each(lambda x: x.index_fill_(0, torch.tensor(rows, device=x.device), 0))
+        at = self._index(rows)
+        self._each(lambda x: x.index_fill_(0, at, 0))
 
     def reorder(self, rows, since=0):
         """
@@ -225,8 +226,8 @@ class KVCache:
         evicts = any(slots.evicts for slots in self.slots)
         used = slice(0, LONG) if evicts else slice(since, max(self.filled, default=0))  # slots that differ
         if moved:
-            source = [rows[i] for i in moved]
-            self._each(lambda x: x[:, :, used].index_copy_(0, torch.tensor(moved, device=x.device), x[source, :, used]))
+            to, source = self._index(moved), self._index([rows[i] for i in moved])
+            self._each(lambda x: x[:, :, used].index_copy_(0, to, x[source, :, used]))
         self.filled, self.most = ([counts[row] for row in rows] for counts in (self.filled, self.most))
 
     @torch.inference_mode(False)  # as in _allocate
@@ -259,6 +260,10 @@ class KVCache:
     def _each(self, function):
         """The function of every buffer, as two lists like k and v."""
         return [[None if x is None else function(x) for x in buffers] for buffers in (self.k, self.v)]
+
+    def _index(self, rows):
+        """Rows as an index into every buffer, made once for all: each list handed to a GPU waits until that is idle."""
+        return torch.tensor(rows, device=getattr(self.k[0], "device", None))
 
     def _like(self, batch_size, rows, function):
         self.settle()

@@ -18,6 +18,7 @@ padded on the right, and every row decodes at its own position. Padding lies in 
 import json
 import sys
 import time
+from array import array
 from importlib import import_module
 
 from plumbing.errors import UserError, guard_imports, run
@@ -39,7 +40,8 @@ from sampling import Choice, Chooser
 def pad(rows, device, value=0):
     """Lists of ids as a tensor (B, longest), padded on the right with value."""
     width = max(map(len, rows))
-    return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows], dtype=torch.long, device=device)
+    rows = [array("q", [*row, *[value] * (width - len(row))]) for row in rows]  # 64 bits each, which torch can read
+    return torch.stack([torch.frombuffer(row, dtype=torch.long) for row in rows]).to(device)
 
 
 @torch.inference_mode()

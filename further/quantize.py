@@ -11,8 +11,9 @@ W ~ diag(s) Q with s = max |W| / 127 along the row, so no weight moves by more t
 embedding is only looked up. A linear stands where a linear stood, so whatever decodes, counts or compares goes on.
 
 In fp64 products are exactly those with s Q. In fp32 and bf16 an x86 CPU multiplies whole numbers, for which the input
-is rounded as well, each row of it to 127 levels: that is where the speed comes from, and most of the error. With
---source, the second command says what either costs on held-out text: logits, and loss.
+is rounded as well, each row of it to 127 levels: that is where the speed comes from, and most of the error. (Compiled,
+input and result are rounded to bf16 instead.) With --source, the second command says what rounding costs on held-out
+text: logits, and loss.
 """
 
 import copy
@@ -70,9 +71,9 @@ class Int8Linear(nn.Module):
     def forward(self, x):
         kernels = x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
         rows = x.flatten(0, -2)
-        if kernels and torch.compiler.is_compiling():  # what is packed for the other kernel cannot be traced, and this
-            y = torch._weight_int8pack_mm(rows, self.weight, self.ones).unflatten(0, x.shape[:-1])  # asks for a buffer
-            y = y * self.scale.to(x.dtype)
+        if kernels and torch.compiler.is_compiling():  # what is packed for the other kernel cannot be traced; this one
+            y = torch._weight_int8pack_mm(rows.bfloat16(), self.weight, self.ones.bfloat16())  # is for bfloat16
+            y = (y.float() * self.scale).to(x.dtype).unflatten(0, x.shape[:-1])
         elif kernels and torch.backends.quantized.engine == "x86":
             y = self.whole(rows.float()).to(x.dtype).unflatten(0, x.shape[:-1])
         else:

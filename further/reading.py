@@ -1,5 +1,6 @@
 """
-Attention of a decode step that reads the keys somebody sees, and no others.
+What a compiler of decode steps is given on a GPU: attention that reads the keys somebody sees, and no others, and
+products of a single row that it can fuse with what is around them.
 
     python bench.py decode --random gpt2 --dtype bfloat16 --prompt-tokens 32 --max-new-tokens 256 --num-samples 64 \\
         --compile
@@ -10,8 +11,8 @@ tile of keys that nobody may see, it reads neither keys nor values. It takes any
 padded sources, a window. One pass over the tiles keeps a running maximum, sum and result (Milakov and Gimelshein 2018;
 Dao et al. 2022, algorithm 1).
 
-A model takes part as a copy of its modules, around the same weights, whose patterns are the ones below: attention.py
-stays as it is.
+A model takes part as a copy of its modules, around the same weights, whose patterns and linears are the ones below:
+attention.py stays as it is.
 """
 
 from __future__ import annotations  # as in kernels.py
@@ -19,6 +20,7 @@ from __future__ import annotations  # as in kernels.py
 from copy import deepcopy
 
 import torch
+from torch import nn
 
 from attention import Causal, Everything, dense
 from further.kernels import jit, look, triton, up
@@ -76,14 +78,26 @@ class ReadEverything(Read, Everything):
     tile = 128  # of a thousand, a source: more of them under way, 37 us where 64 take 45
 
 
+class OneRow(nn.Linear):
+    """A linear that writes out the product of a single row. What a library has is made for many, and fuses nothing."""
+
+    def forward(self, x):
+        if x.numel() > self.in_features:
+            return super().forward(x)
+        y = (self.weight * x.flatten()).sum(-1)  # (out,)
+        return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)
+
+
 def reading(model):
-    """The model whose decode steps use the kernel, where they can: a copy around the same weights."""
+    """The model whose decode steps use these, where they can: a copy around the same weights."""
     ours, head_dim = {Causal: ReadCausal, Everything: ReadEverything}, model.config.n_embd // model.config.n_head
     if not triton or head_dim != up(head_dim):
         return model
     shared = {id(x): x for x in (*model.parameters(), *model.buffers())}
     copy = deepcopy(model, shared | {id(model.cache): None, id(model.source): None})  # without a text of its own
     for module in copy.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = OneRow
         if type(getattr(module, "pattern", None)) in ours:
             module.pattern = ours[type(module.pattern)](module.pattern.p)
     return copy

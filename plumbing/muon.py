@@ -16,6 +16,7 @@ class Muon(torch.optim.Muon):
     @torch.no_grad()
     def step(self, closure=None):  # which torch passes and nobody has
         for group in self.param_groups:
+            alike = {}  # matrices of one shape, as layers have them: together they take as many calls as one
             for p in group["params"]:
                 if not self.state[p]:
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p)
@@ -23,22 +24,26 @@ class Muon(torch.optim.Muon):
                 momentum.lerp_(p.grad, 1 - group["momentum"])
                 ahead = p.grad.lerp(momentum, group["momentum"])  # Nesterov's
                 ahead = ranks.whole(ahead)  # of a sharded matrix this rank has some rows only, as of its update
-                direction = orthogonal(ahead.bfloat16() if p.is_cuda else ahead, group["ns_coefficients"],
-                                       group["ns_steps"])
-                rms = 0.2 * max(p.shape)**0.5  # makes the root mean square of an update 0.2, about that of AdamW's
-                p.mul_(1 - group["lr"] * group["weight_decay"]).add_(ranks.part(direction, p), alpha=-group["lr"] * rms)
+                alike.setdefault(ahead.shape, []).append((p, ahead.bfloat16() if p.is_cuda else ahead))
+            for shape, pairs in alike.items():
+                those, aheads = zip(*pairs)
+                directions = orthogonal(torch.stack(aheads), group["ns_coefficients"], group["ns_steps"])
+                rms = 0.2 * max(shape)**0.5  # makes the root mean square of an update 0.2, about that of AdamW's
+                for p, direction in zip(those, directions):
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.add_(ranks.part(direction, p), alpha=-group["lr"] * rms)
 
 
 def orthogonal(x, coefficients, steps):
     """
-    A matrix (N, M) with the singular vectors of x and singular values near one, most between 0.7 and 1.2. By
-    Newton-Schulz iteration, products of matrices without a decomposition: a step maps every singular value s to
+    Of matrices (n, N, M) those with the same singular vectors and singular values near one, most between 0.7 and 1.2.
+    By Newton-Schulz iteration, products of matrices without a decomposition: a step maps every singular value s to
     as + bs^3 + cs^5, and five bring most of those in (0, 1] close to one.
     """
     a, b, c = coefficients
-    wide = x.shape[0] <= x.shape[1]  # the smaller product x x^T
-    x = (x if wide else x.T) / x.norm().clamp(min=1e-7)  # no singular value is above one
+    wide = x.shape[1] <= x.shape[2]  # the smaller product x x^T
+    x = (x if wide else x.mT) / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # no singular value is above one
     for _ in range(steps):
-        square = x @ x.T
-        x = torch.addmm(x, torch.addmm(square, square, square, beta=b, alpha=c), x, beta=a)
-    return x if wide else x.T
+        square = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
+    return x if wide else x.mT

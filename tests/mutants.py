@@ -1328,7 +1328,7 @@ def muon_orthogonalises_the_rows_of_each_rank():
     @around(muon, "orthogonal")
     def orthogonal(original, x, *settings):
         import torch
-        return torch.cat([original(rows, *settings) for rows in x.tensor_split(ranks.world())])
+        return torch.cat([original(rows, *settings) for rows in x.tensor_split(ranks.world(), 1)], 1)
 
 
 # -----------------------------------------------------------------------------

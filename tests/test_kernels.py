@@ -175,9 +175,19 @@ def test_a_model_that_reads_so_is_another_around_the_same_weights(cls, n_source,
         plain = model.features(pair.ids.gather(1, start), cache=pair.caches[0], **args)
         assert (other.features(pair.ids.gather(1, start), cache=pair.caches[1], **args) - plain).abs().max() <= 1e-5
     assert len(asked) == (8 if n_source else 4) and {tile for *_, tile in asked} == ({64, 128} if n_source else {64})
-    assert not any(isinstance(m, reading.Read) for m in model.modules())
+    assert not any(isinstance(m, reading.Read | reading.OneRow) for m in model.modules())
+    assert {type(m) for m in other.modules() if isinstance(m, torch.nn.Linear)} == {reading.OneRow}
     uneven = build(cls, n_embd=36, n_head=3)  # 12 numbers a head
     assert reading.reading(uneven) is uneven
+
+
+@pytest.mark.parametrize("shape", [(6,), (1, 1, 6), (2, 1, 6), (1, 3, 6)], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_linear_that_writes_out_the_product_of_one_row_is_one(shape, bias):
+    torch.manual_seed(5)
+    linear, x = reading.OneRow(6, 5, bias=bias, dtype=torch.float64), torch.randn(shape, dtype=torch.float64)
+    expected = torch.nn.functional.linear(x, linear.weight, linear.bias)
+    assert linear(x).shape == expected.shape and (linear(x) - expected).abs().max() < 1e-12
 
 
 @on_gpu  # the interpreter does not turn int8 into bfloat16

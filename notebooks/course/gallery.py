@@ -258,7 +258,7 @@ SCENES = {
 }
 
 LINE = "return attend(q, k, v, dense(self.allows, query_pos, key_pos), False, self.rate)"
-MOVE = "self._each(lambda x: x[:, :, used].index_copy_(0, torch.tensor(moved, device=x.device), x[source, :, used]))"
+MOVE = "self._each(lambda x: x[:, :, used].index_copy_(0, to, x[source, :, used]))"
 STORE = "keys[:, :, self.stop - T :], values[:, :, self.stop - T :] = k, v"
 STAND = "yield stop - T + new if alike else torch.tensor(starts, device=x.device)[:, None] + new"
 EXHIBITS = [
@@ -269,7 +269,7 @@ EXHIBITS = [
             "positions_are_not_offset", "plain", "self 0", "positions", "TransformerLens #777, transformers #43082"),
     Exhibit("keys-only", "cache.KVCache.reorder", MOVE, """
             for x in self.k:
-                x[:, :, used].index_copy_(0, torch.tensor(moved, device=x.device), x[source, :, used])""",
+                x[:, :, used].index_copy_(0, to, x[source, :, used])""",
             "keys_are_reordered_without_their_values", "beams", "self 0", "values", "transformers #34232"),
     Exhibit("no-mask", "attention.Causal.forward", LINE, "return attend(q, k, v, None, False, self.rate)",
             "mask_is_skipped_when_the_cache_is_used", "chunks", "self 0", "mask", "TinyLLM #17"),
