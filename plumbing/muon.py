@@ -18,20 +18,23 @@ class Muon(torch.optim.Muon):
         for group in self.param_groups:
             alike = {}  # matrices of one shape, as layers have them: together they take as many calls as one
             for p in group["params"]:
-                if not self.state[p]:
-                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-                momentum = self.state[p]["momentum_buffer"]
-                momentum.lerp_(p.grad, 1 - group["momentum"])
-                ahead = p.grad.lerp(momentum, group["momentum"])  # Nesterov's
-                ahead = ranks.whole(ahead)  # of a sharded matrix this rank has some rows only, as of its update
-                alike.setdefault(ahead.shape, []).append((p, ahead.bfloat16() if p.is_cuda else ahead))
-            for shape, pairs in alike.items():
-                those, aheads = zip(*pairs)
-                directions = orthogonal(torch.stack(aheads), group["ns_coefficients"], group["ns_steps"])
+                alike.setdefault(p.shape, []).append(p)
+            for shape, those in alike.items():
+                x = torch.stack([self.ahead(p, group["momentum"]) for p in those])
+                directions = orthogonal(x, group["ns_coefficients"], group["ns_steps"])
                 rms = 0.2 * max(shape)**0.5  # makes the root mean square of an update 0.2, about that of AdamW's
                 for p, direction in zip(those, directions):
                     p.mul_(1 - group["lr"] * group["weight_decay"])
                     p.add_(ranks.part(direction, p), alpha=-group["lr"] * rms)
+
+    def ahead(self, p, rate):
+        """The momentum as Nesterov has it, of the whole matrix: of a sharded one a rank has some rows, as of its update."""
+        if not self.state[p]:
+            self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        momentum = self.state[p]["momentum_buffer"]
+        momentum.lerp_(p.grad, 1 - rate)
+        ahead = ranks.whole(p.grad.lerp(momentum, rate))
+        return ahead.bfloat16() if p.is_cuda else ahead
 
 
 def orthogonal(x, coefficients, steps):

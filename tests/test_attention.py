@@ -321,6 +321,7 @@ def test_rows_side_by_side_ask_one_source():
     cross = rough(CrossAttention(config(n_head=2, n_kv_head=1, n_embd=8)), torch.float64)
     x, encoded = torch.randn(6, 3, 8, dtype=torch.float64), torch.randn(2, 5, 8, dtype=torch.float64)
     k, v = cross.project(encoded)
+    assert k.is_contiguous() and v.is_contiguous()  # on a CPU: every step reads them, head by head
     for lengths in (None, torch.tensor([5, 2])):
         key_pos = key_positions(encoded, lengths)
         y = cross(x, k, v, key_pos)
