@@ -128,8 +128,8 @@ def compiler_options(device):
 
 class Buffers:
     """
-    What a decoding of B rows holds while it runs, always at the same addresses: ids and `at`, see above, a cache, and a
-    copy of the memory, laid out for reading. made: the model's Steps; inside: ids are chosen by the step.
+    What a decoding of B rows holds while it runs, always at the same addresses: ids and `at`, see above, a cache, and the
+    memory, laid out for reading. made: the model's Steps; inside: ids are chosen by the step.
     """
 
     def __init__(self, model, made, B, length, memory, inside, n_vocab):
@@ -139,7 +139,7 @@ class Buffers:
         self.finite = torch.ones(B, dtype=torch.bool, device=device)
         self.cache, self.memory = model.new_cache(B, length), memory
         if memory is not None:
-            kv = [tuple(x.clone(memory_format=torch.contiguous_format) for x in pair) for pair in memory.kv]
+            kv = [tuple(x.contiguous() for x in pair) for pair in memory.kv]  # nobody else has them
             self.memory = Memory(kv, memory.key_pos.clone())
         advance(model, [[0]] * B, self.cache, self.memory)  # so that the cache has its buffers
         for x, axis in self.sized():
