@@ -126,6 +126,7 @@ class Chooser:
         self.choice, self.limits, self.device = choice, limits, device
         self.ends = torch.tensor(list(ends), dtype=torch.long, device=device)
         self.rules, self.filters = self.that_are_set(RULES), self.that_are_set(FILTERS)
+        self.temperature = max(choice.temperature, 1e-30)  # what a draw divides by
         seed = SystemRandom().getrandbits(63) if choice.seed is None else choice.seed
         self.generator = cache(lambda r: Random(f"{seed} {r}"))  # of row number r
         self.watch = None  # is shown the logits, as scores() gets them
@@ -141,7 +142,8 @@ class Chooser:
         Raises NonFiniteError if no token can be chosen.
         """
         scores = self.scores(logits, rows, which)
-        ids = scores.argmax(-1, keepdim=True) if self.choice.temperature == 0 else self.draw(scores, which)  # (B, 1)
+        greedy = self.choice.temperature == 0
+        ids = scores.argmax(-1, keepdim=True) if greedy else self.draw(scores, [[self.part(r)] for r in which])
         return ids.tolist()
 
     def scores(self, logits, rows, which):
@@ -165,24 +167,27 @@ class Chooser:
         ids = [[V] * (T - len(row)) + list(row) for row in rows]
         return Texts(tensor(ids), tensor(lengths), tensor(limits), self.ends)
 
-    def draw(self, scores, which):
+    def part(self, r):
+        """By which part of the whole, in (0, 1], row number r draws next: then somebody reaches it."""
+        return 1 - self.generator(r).random()
+
+    def draw(self, scores, parts):
         """Sample ids (B, 1) from scores (B, V) at the temperature, after the filters."""
         probs, ids = self.likely(scores)
-        return ids.gather(-1, self.sample(probs, which))
+        return ids.gather(-1, self.sample(probs, parts))
 
     def likely(self, scores):
         """Scores (B, V) at the temperature, after the filters: probs (B, K), the most likely first, and their ids."""
         most = scores.amax(-1, keepdim=True)  # relative to it nothing overflows, however small the temperature
-        probs = ((scores - most) / max(self.choice.temperature, 1e-30)).softmax(-1)
+        probs = ((scores - most) / self.temperature).softmax(-1)
         probs, ids = probs.topk(min(self.choice.top_k or probs.size(-1), probs.size(-1)))  # the most likely first
         for keep, value in self.filters:
             probs = probs / probs.sum(-1, keepdim=True)
             probs[:, 1:] *= keep(probs, value)[:, 1:]
         return probs / probs.sum(-1, keepdim=True), ids
 
-    def sample(self, probs, which):
-        """The places (B, 1) of draws from distributions (B, K), each by the generator of its row."""
+    def sample(self, probs, parts):
+        """The places (B, 1) of draws from distributions (B, K): where that part (B, 1) of the whole is reached."""
         upto = probs.cumsum(-1).where(probs > 0, 0)  # on a GPU a sum may grow by rounding where nothing is added
-        part = [[1 - self.generator(r).random()] for r in which]  # in (0, 1], so that somebody reaches it
-        reached = upto >= upto.amax(-1, keepdim=True) * torch.tensor(part, dtype=upto.dtype, device=upto.device)
+        reached = upto >= upto.amax(-1, keepdim=True) * torch.as_tensor(parts, dtype=upto.dtype, device=upto.device)
         return reached.int().argmax(-1, keepdim=True)  # the first who does

@@ -8,15 +8,17 @@ A plain step asks PyTorch for some two hundred operations, one after the other. 
 shapes are those of one token, and where that token stands can be a tensor, whose value only the device reads. So one
 graph is the step of all requests and lengths. On a CPU, torch.compile makes C++ of it: products that have been tried
 out on this machine, weights laid out for them once ("frozen"), and what lies between products fused. On a GPU what it
-launches is recorded once, ids are chosen inside, and the host fetches them RUN at a time, after it has asked for the
-next RUN: every row goes on behind what it has found, or has ended. Up to 64 rows there, a step of a few small kernels
-takes the place of the compiled one (kernels.py, many_rows.py); for more, attention skips what no row sees (reading.py).
+launches is recorded once, ids are chosen inside, greedily or by chance, and the host fetches them RUN at a time, after
+it has asked for the next RUN: every row goes on behind what it has found, or has ended. Up to 64 rows there, a step of
+a few small kernels takes the place of the compiled one (kernels.py, many_rows.py); for more, attention skips what no
+row sees (reading.py).
 
 What it costs: the first request compiles, which takes seconds to a minute; rows that have ended are computed on, since
 no shape may change; on a CPU a step reads the keys and values of all the room there is. The prompt enters plainly.
 """
 
 import weakref
+from copy import copy
 from contextlib import contextmanager, redirect_stderr
 from functools import lru_cache, partial
 from io import StringIO
@@ -50,12 +52,43 @@ def logits_of(model, head, ids, at, cache, memory):
     return head(x[:, 0])[:, : model.config.vocab_size]
 
 
-def greedy(model, head, ids, at, cache, memory, finite, n_vocab):
-    """The most likely id is written behind the newest, which it then is. finite: (B,), whether all scores were."""
-    scores = logits_of(model, head, ids, at, cache, memory)[:, :n_vocab]
+def write(scores, chosen, ids, at, finite):
+    """An id chosen from each row's scores stands behind the newest, which it then is. finite: (B,), if scores were."""
     finite &= scores.amax(-1).isfinite()
-    ids.scatter_(1, at + 1, scores.argmax(-1, keepdim=True))
+    ids.scatter_(1, at + 1, chosen)
     at.add_(1).clamp_(max=ids.size(1) - 2)  # at the end the last id is found again and again
+
+
+def greedy(model, head, ids, at, cache, memory, finite, n_vocab):
+    """The most likely id is written."""
+    scores = logits_of(model, head, ids, at, cache, memory)[:, :n_vocab]
+    write(scores, scores.argmax(-1, keepdim=True), ids, at, finite)
+
+
+class Draws:
+    """
+    How a recorded step draws its ids. What belongs to a request it finds in tensors, so that one serves all
+    temperatures and seeds: the numbers of the choice, and of each row the part of the whole by which it draws what
+    stands at a position, (B, length + 1).
+    """
+
+    def __init__(self, choose, B, length, device):
+        self.choose = copy(choose)
+        self.numbers = torch.ones(1 + len(choose.filters), dtype=torch.double, device=device)
+        self.parts = torch.ones(B, length + 1, dtype=torch.double, device=device)
+        self.choose.temperature, *numbers = self.numbers
+        self.choose.filters = [(keep, number) for (keep, _), number in zip(choose.filters, numbers)]
+
+    def enter(self, choose, rows):
+        """What follows these rows is drawn as `choose` draws it, who has drawn nothing of it."""
+        self.numbers.copy_(torch.tensor([choose.temperature, *(number for _, number in choose.filters)]))
+        length = self.parts.size(1)
+        parts = [[1.0] * len(row) + [choose.part(r) for _ in range(length - len(row))] for r, row in enumerate(rows)]
+        self.parts.copy_(torch.tensor(parts, dtype=torch.double))
+
+    def __call__(self, logits, ids, at, finite):
+        scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        write(scores, self.choose.draw(scores, self.parts.gather(1, at + 1)), ids, at, finite)
 
 
 class Steps:
@@ -129,10 +162,10 @@ def compiler_options(device):
 class Buffers:
     """
     What a decoding of B rows holds while it runs, always at the same addresses: ids and `at`, see above, a cache, and the
-    memory, laid out for reading. made: the model's Steps; inside: ids are chosen by the step.
+    memory, laid out for reading. made: the model's Steps; choose: a Chooser, where the step chooses ids.
     """
 
-    def __init__(self, model, made, B, length, memory, inside, n_vocab):
+    def __init__(self, model, made, B, length, memory, choose=None):
         device = model.wte.weight.device
         self.ids = torch.zeros(B, length + 1, dtype=torch.long, device=device)
         self.at = torch.zeros(B, 1, dtype=torch.long, device=device)
@@ -144,15 +177,19 @@ class Buffers:
         advance(model, [[0]] * B, self.cache, self.memory)  # so that the cache has its buffers
         for x, axis in self.sized():
             torch._dynamo.maybe_mark_dynamic(x, axis)
-        args = self.ids, self.at, self.cache, self.memory
-        kind = kind_of(B)
-        fits = inside and kind.fits(model, self.ids, self.cache, self.memory)
-        self.kernels = kind(model, *args, n_vocab) if fits else None
-        if self.kernels:  # up to 64 rows on a GPU
-            self.once, self.finite = self.kernels, self.kernels.finite
+        args, kind = (self.ids, self.at, self.cache, self.memory), kind_of(B)
+        n_vocab = choose and choose.choice.n_vocab or model.config.vocab_size
+        self.draws = Draws(choose, B, length, device) if choose and choose.choice.temperature else None
+        self.kernels = None
+        if choose and kind.fits(model, self.ids, self.cache, self.memory):  # up to 64 rows on a GPU
+            step = self.kernels = kind(model, *args, n_vocab, scored=self.draws is not None)
+            self.finite = self.kernels.finite
+        elif choose and not self.draws:
+            step = partial(made.greedy, *args, self.finite, n_vocab)
         else:
-            step, more = (made.greedy, (self.finite, n_vocab)) if inside else (made.logits, ())
-            self.once = lambda: step(*args, *more)
+            step = partial(made.logits, *args)
+        drawn = lambda: self.draws(step()[:, :n_vocab], self.ids, self.at, self.finite)
+        self.once = drawn if self.draws else step
         with made.compiling():
             self.once()  # on nobody's text
         if device.type == "cuda":
@@ -241,9 +278,8 @@ class Decoding:
         self.most = self.room = room
         self.steps = steps(model)  # where there is no compiler, nothing is computed first
         self.memory, cuda = project(model, *encode(model, sources)), model.wte.weight.is_cuda
-        # where asking the host is what takes time, the step itself finds the most likely id for who wants no more
-        self.inside = (cuda and type(choose) is Chooser
-                       and not (choose.watch or choose.rules or choose.choice.temperature))
+        # where asking the host is what takes time, the step itself chooses; rules are about texts, which the host has
+        self.inside = cuda and type(choose) is Chooser and not (choose.watch or choose.rules)
         if cuda:
             self.room = bucket(room, model.config.block_size)
             self.memory = self.memory and padded(self.memory, bucket(self.memory.key_pos.size(-1),
@@ -251,13 +287,15 @@ class Decoding:
 
     def take(self, B):
         shape = self.memory and (len(self.memory.kv[0][0]), *self.memory.key_pos.shape)
-        n_vocab = self.choose.choice.n_vocab if self.inside else None
-        idle = self.steps.idle.setdefault((B, self.room, shape, self.inside, n_vocab), [])
+        choice, filters = self.choose.choice, [keep for keep, _ in self.choose.filters]
+        way = (choice.n_vocab, choice.temperature > 0, choice.top_k, *filters) if self.inside else None
+        idle = self.steps.idle.setdefault((B, self.room, shape, way), [])
         if idle:
             self.buffers = idle.pop()
             self.buffers.read(self.memory)
         else:
-            self.buffers = Buffers(self.model, self.steps, B, self.room, self.memory, self.inside, n_vocab)
+            self.buffers = Buffers(self.model, self.steps, B, self.room, self.memory,
+                                   self.choose if self.inside else None)
         if self.buffers.ids.is_cuda:  # elsewhere nothing depends on where they are
             weakref.finalize(self, idle.append, self.buffers)
 
@@ -276,6 +314,8 @@ class Decoding:
         left = self.most - min(map(len, rows))
         if self.running is None:
             self.buffers.enter(self.held)
+            if self.buffers.draws:
+                self.buffers.draws.enter(self.choose, self.held)
             self.launch(1)  # so that there is something to be read soon
         times, found, finite, there = self.running
         self.launch(left - times)

@@ -226,14 +226,15 @@ class Step:
     model: a GPT or BART; a linear that has a `scale` holds int8, a scale for each row. ids: (B, length) int64, the
     texts; at: (B, 1) int64, the position of the newest id of each row, whose key is not stored yet. cache: a
     KVCache with what lies before, by Slots. memory: a BART's, of as many rows, or None. n_vocab: choose among the first
-    so many. overlap: False where kernels shall not, to see what that brings.
+    so many. scored: return their logits (B, n_vocab) fp32 instead, who has them chooses. overlap: False where kernels
+    shall not, to see what that brings.
     A step writes ids[row, at + 1], the keys and values at `at`, and adds 1 to at, but for the last position of ids.
     finite: (B,) bool, whether all steps so far had logits to choose from. Counts of the cache are the caller's.
     """
 
     ROWS = range(1, 5)
 
-    def __init__(self, model, ids, at, cache, memory=None, n_vocab=None, overlap=True):
+    def __init__(self, model, ids, at, cache, memory=None, n_vocab=None, scored=False, overlap=True):
         (self.B, length), config, bart = ids.shape, model.config, model.config.is_encoder_decoder
         cuda = overlap and ids.is_cuda and torch.version.hip is None
         self.launches, self.nbytes, self.pdl = [], 0, cuda and torch.cuda.get_device_capability(ids.device) >= (9, 0)
@@ -258,6 +259,9 @@ class Step:
                 self.product(heads, layer.cross.c_proj, stream, residual=add)
             self.product(stream, layer.mlp.c_fc, inner, next(norms), kept, GELU=layer.mlp.act.approximate)
             self.product(inner, layer.mlp.c_proj, stream, residual=add)
+        self.scores = new(self.B, V) if scored else None
+        if scored:
+            return self.product(stream, model.lm_head, self.scores, next(norms), N=V)
         parts = triton.cdiv(V, self.block(model.lm_head.weight)[0])
         self.most, which = new(self.B, parts), new(self.B, parts, dtype=torch.int32)
         self.product(stream, model.lm_head, self.most, next(norms), which=which, N=V)
@@ -322,6 +326,7 @@ class Step:
     def __call__(self):
         for launch in self.launches:
             launch()
+        return self.scores
 
 
 TILE = 256  # keys that a program of attention looks at together

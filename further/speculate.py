@@ -108,7 +108,7 @@ def model_draft(small, sources, B, room, choose):
             except NonFiniteError:  # the rules forbid every id, in a text that perhaps nobody writes
                 break
             q = distribution(choose, scores) if choose.choice.temperature else None
-            ids = scores.argmax(-1, keepdim=True) if q is None else choose.sample(q, which)  # (B, 1)
+            ids = scores.argmax(-1, keepdim=True) if q is None else choose.sample(q, [[choose.part(r)] for r in which])
             texts, drawn = [[*text, *new] for text, new in zip(texts, ids.tolist())], [*drawn, q]
         return texts, drawn
 
@@ -144,7 +144,7 @@ def accepted(choose, logits, row, r, guesses, drawn):
             [[new]] = choose(own, [row], [r])
         else:
             p = distribution(choose, choose.scores(own, [row], [r]))[0]
-            new = choose.sample(given(p, q, guess)[None], [r]).item()
+            new = choose.sample(given(p, q, guess)[None], [[choose.part(r)]]).item()
         yield new
         row.append(new)
         if new != guess:

@@ -153,14 +153,16 @@ def test_the_step_that_chooses_finds_what_the_loop_finds_and_waits_at_the_end():
         assert not finite.any()
 
 
+@pytest.mark.parametrize("choice", [{}, dict(temperature=1.3, seed=5, n_vocab=50)], ids=["greedy", "drawn"])
 @pytest.mark.parametrize("kind", ["gpt", "bart"])
-def test_ids_that_the_steps_have_chosen_are_fetched_some_at_a_time(kind, no_code, monkeypatch):
+def test_ids_that_the_steps_have_chosen_are_fetched_some_at_a_time(kind, choice, no_code, monkeypatch):
     """As on a GPU. Rows of different lengths, of which one ends in the middle of a run."""
     monkeypatch.setattr(module, "RUN", 5)
     model, prompts, asked, passes = made(kind), prompts_of(6, 3), [], []
     sources, rows = (prompts, [[2], [2]]) if kind == "bart" else (None, prompts)
-    expected, limits = generate(model, prompts, 18), [len(rows[0]) + 18, len(rows[1]) + 7]
-    step = compiled(model, sources, 2, max(limits), Chooser(Choice(), limits=limits))
+    expected = generate(model, prompts, 18, ignore_eos=True, **choice)
+    limits = [len(rows[0]) + 18, len(rows[1]) + 7]
+    step = compiled(model, sources, 2, max(limits), Chooser(Choice(**choice), limits=limits))
     step.inside, texts = True, [[], []]
     monkeypatch.setattr(module.Buffers, "run", lambda self, times, run=module.Buffers.run:
                         asked.append(times) or run(self, times))
@@ -190,7 +192,7 @@ def test_buffers_serve_another_request(no_code):
     model, first, second = made("bart"), prompts_of(6, 3), prompts_of(5, 6)
     memories = [project(model, *encode(model, sources)) for sources in (first, second)]
     with torch.inference_mode():
-        buffers = module.Buffers(model, module.steps(model), 2, 20, memories[0], False, None)
+        buffers = module.Buffers(model, module.steps(model), 2, 20, memories[0])
         for memory in memories:
             buffers.read(memory)
             rows, cache = [[2, 5], [2, 7]], model.new_cache(2, 20)
@@ -199,6 +201,25 @@ def test_buffers_serve_another_request(no_code):
                 assert (found - expected).abs().max() <= 1e-10
                 rows = [row + new for row, new in zip(rows, expected.argmax(-1, keepdim=True).tolist())]
                 expected, found = advance(model, rows, cache, memory)[:, 0], buffers.step(rows)
+
+
+def test_one_recorded_step_draws_at_all_temperatures_and_by_all_seeds():
+    torch.manual_seed(1)
+    draws, texts = None, set()
+    for temperature, top_p, seed in (0.7, 0.9, 1), (2.0, 0.9, 1), (2.0, 0.2, 1), (2.0, 0.9, 7):
+        given, own = (Chooser(Choice(temperature=temperature, top_p=top_p, seed=seed)) for _ in "ab")
+        draws = draws or module.Draws(given, 3, 9, "cpu")  # of the first, whose numbers it forgets
+        rows, ids, finite = [[1], [2, 3], [4, 5, 6]], torch.zeros(3, 10, dtype=torch.long), torch.tensor([True] * 3)
+        at = torch.tensor([[0], [1], [2]])
+        draws.enter(given, rows)
+        for logits in torch.randn(5, 3, 50).bfloat16():
+            draws(logits, ids, at, finite)
+            assert ids.gather(1, at).tolist() == own(logits, rows, [0, 1, 2])
+        assert at.tolist() == [[5], [6], [7]] and finite.all()
+        texts.add(str(ids))
+    logits[1, 3] = torch.nan
+    draws(logits, ids, at, finite)
+    assert finite.tolist() == [True, False, True] and len(texts) == 4
 
 
 def test_buffers_come_in_a_few_sizes():

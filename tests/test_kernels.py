@@ -84,6 +84,19 @@ class Pair:
         assert torch.equal(self.at, (at + 1).clamp(max=self.ids.size(1) - 2))
 
 
+@runs
+@pytest.mark.parametrize("rows", [2, 5])
+@torch.inference_mode()
+def test_scores_are_returned_to_who_chooses(rows):
+    pair = Pair(build(BART), rows, [3], 1, 7, n_vocab=13)
+    step = kind_of(rows)(pair.model, pair.ids, pair.at, pair.caches[0], pair.source["memory"], 13, scored=True)
+    ids, at = pair.ids.clone(), pair.at.clone()
+    x = pair.model.features(ids.gather(1, at), cache=pair.caches[1], start_pos=at.view(-1), **pair.source)
+    expected = pair.model.lm_head(x)[:, 0, :13]
+    assert (step() - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert torch.equal(pair.ids, ids) and torch.equal(pair.at, at)
+
+
 CASES = {
     "one row": (GPT, {}, 1, [5], {}),
     "width no power of two": (GPT, dict(n_embd=48, n_head=3), 1, [5], {}),
@@ -255,14 +268,17 @@ def test_at_published_sizes_200_captured_steps_are_as_exact_as_the_plain_ones(na
 
 
 @on_gpu
+@pytest.mark.parametrize("choices", [[{}] * 3, [dict(temperature=t, top_p=p, seed=s, n_vocab=17)
+                                               for t, p, s in ((0.8, 0.9, 1), (2.0, 0.9, 1), (2.0, 0.5, 7))]])
 @pytest.mark.parametrize("cls", [GPT, BART])
 @pytest.mark.parametrize("rows", [1, 3, 6, 65])  # the last are more than the kernels are for
-def test_a_compiled_decoding_writes_what_the_plain_one_does_request_after_request(cls, rows, monkeypatch):
+def test_a_compiled_decoding_writes_what_the_plain_one_does_request_after_request(cls, rows, choices, monkeypatch):
     monkeypatch.setattr(ManyRows, "fits", classmethod(Step.fits.__func__))  # float32, which can be compared, as well
     model = build(cls)
-    for longest, n in ((9, 40), (5, 12), (22, 30)):
+    for (longest, n), choice in zip(((9, 40), (5, 12), (22, 30)), choices):
         prompts = [[(7 * i + row) % 21 for i in range(max(1, longest - row))] for row in range(rows)]
-        assert generate(model, prompts, n, strategy=compiled.compiled) == generate(model, prompts, n)
+        found = generate(model, prompts, n, strategy=compiled.compiled, **choice)
+        assert found == generate(model, prompts, n, **choice)
     [made] = compiled.steps(model).idle.values()
     kinds = {1: Step, 3: Step, 6: ManyRows, 65: type(None)}
     assert len(made) == 1 and type(made[0].kernels) is kinds[rows]

@@ -278,8 +278,8 @@ def test_what_is_impossible_is_not_drawn_at_the_ends_of_the_interval(monkeypatch
         monkeypatch.setattr(sampling, "Random", lambda seed: type("", (), {"random": lambda self: number})())
         assert choose(logits, temperature=1.0, seed=0) == [expected]
         chooser = sampling.Chooser(sampling.Choice(temperature=1.0, seed=0), "cpu", [], None)
-        assert chooser.sample(probs, [0]).tolist() == [[place]]
-        assert chooser.sample(probs.double(), [0]).tolist() == [[place]]
+        assert chooser.sample(probs, [[chooser.part(0)]]).tolist() == [[place]]
+        assert chooser.sample(probs.double(), [[chooser.part(0)]]).tolist() == [[place]]
 
 
 def test_each_row_gets_its_own_logits():
