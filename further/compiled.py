@@ -276,8 +276,9 @@ class Decoding:
     def __init__(self, model, sources, B, room, choose):
         self.model, self.B, self.choose, self.held, self.running = model, B, choose, None, None
         self.most = self.room = room
-        self.steps = steps(model)  # where there is no compiler, nothing is computed first
+        compiler_options(model.wte.weight.device.type)  # where there is no compiler, nothing is computed first
         self.memory, cuda = project(model, *encode(model, sources)), model.wte.weight.is_cuda
+        self.steps = steps(model)  # while a GPU reads the sources
         # where asking the host is what takes time, the step itself chooses; rules are about texts, which the host has
         self.inside = cuda and type(choose) is Chooser and not (choose.watch or choose.rules)
         if cuda:

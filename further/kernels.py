@@ -77,6 +77,18 @@ def activated(r, GELU: tl.constexpr):
 
 
 @jit
+def whole(W):
+    """
+    int8 as fp32, exactly. A byte, 128 added, is the last of a number that is 2^23 and it; then both are taken away: two
+    instructions that all units have, where a conversion is one that few have.
+    """
+    placed = tl.inline_asm_elementwise("""{ .reg .b32 u; xor.b32 u, $4, 0x80808080; prmt.b32 $0, u, 0x4B000000, 0x7440;
+        prmt.b32 $1, u, 0x4B000000, 0x7441; prmt.b32 $2, u, 0x4B000000, 0x7442; prmt.b32 $3, u, 0x4B000000, 0x7443; }""",
+        "=f,=f,=f,=f,r", [W], dtype=tl.float32, is_pure=True, pack=4)
+    return placed - (2**23 + 128)
+
+
+@jit
 def product(x, weight, scale, bias, gain, shift, gained, kept, residual, y, which, N, EPS: tl.constexpr,
             GELU: tl.constexpr, B: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, WIDE: tl.constexpr,
             BN: tl.constexpr, PDL: tl.constexpr):
@@ -94,6 +106,7 @@ def product(x, weight, scale, bias, gain, shift, gained, kept, residual, y, whic
     part = tl.program_id(0)
     n = part * BN + tl.arange(0, BN)[:, None, None]
     k = tl.arange(0, KP // WIDE)[None, :, None] * WIDE + tl.arange(0, WIDE)[None, None]
+    k = k // 8 * 8 + k % 8  # a thread reads 8 of every dtype: of int8 it would be 16, and weights had to change threads
     if WIDE < KP:
         n, k = tl.broadcast(n, k)  # (BN, KP / WIDE, WIDE): each warp reads all of x
     W = tl.load(weight + n.to(tl.int64) * K + k, mask=(n < N) & (k < K), other=0.0, eviction_policy="evict_first")
@@ -116,9 +129,8 @@ def product(x, weight, scale, bias, gain, shift, gained, kept, residual, y, whic
                     normed += tl.load(shift + k, mask=k < K, other=0.0).to(tl.float32)
                     tl.store(kept + b * K + k, normed, mask=k < K)
             X *= G.to(tl.float32)
-        if scale is not None:
-            W = W.to(tl.bfloat16)  # which holds 8 bits; straight to fp32 is an instruction that few units have
-        r = tl.sum(tl.sum(W.to(tl.float32) * X, 1), 1)  # (BN,)
+        w = (W if scale is None else whole(W)).to(tl.float32)
+        r = tl.sum(tl.sum(w * X, 1), 1)  # (BN,)
         if scale is not None:
             r *= by
         if gain is not None:
@@ -308,7 +320,9 @@ class Step:
         numbers for each thread are enough under way to hide how long the first takes, and fit the registers.
         """
         KP, size = up(weight.size(1)), weight.element_size()
-        return (8, min(512 // size, KP)) if KP <= 1024 else (8 if KP <= 2048 else max(1, 16384 // (KP * size)), KP)
+        if KP <= 1024:
+            return 8, min(512 // max(size, 2), KP)  # a warp's threads, 8 numbers of up to 16 bytes each
+        return 8 if KP <= 2048 else max(1, 16384 // (KP * size)), KP
 
     @staticmethod
     def tiles(S, own):
