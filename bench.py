@@ -5,6 +5,7 @@ Measure what the README claims, on your machine.
     python bench.py compare --random bart-base --prompt-tokens 1024 --max-new-tokens 100
     python bench.py decode --random gpt2 --prompt-tokens 32 --max-new-tokens 32 --against hf,ctranslate2:int8
     python bench.py prefill --random bart-base --prompt-tokens 1024 --max-new-tokens 2 --also "--dtype bfloat16"
+    python bench.py precision --model out/gpt-tiny
     python bench.py train configs/gpt-tiny.toml
     torchrun --nproc-per-node=2 bench.py train configs/gpt2-124m.toml
     python bench.py compare --random gpt2 --prompt-tokens 32 --strategies naive,cached,further.concat:slip
@@ -22,7 +23,7 @@ write the same, what does each cost, and where they differ, is it rounding or a 
 there is a bug: further.concat:slip is one, from a lecture note, its cache lacks the newest token. decode times
 requests, here and in other engines, against what the machine can read, and predicts a step; without a model it predicts
 and measures twenty settings. prefill times their first tokens, against what the machine can multiply, train the steps
-of a training. trace prints the shape of every matrix product, which are fixed and which grow. report writes a page that
+of a training. precision says what fewer bits cost, in loss and in logits. trace prints the shape of every matrix product, which are fixed and which grow. report writes a page that
 shows the decoding step by step. load says how long load_pretrained takes beside merely reading the file, and how much
 memory, prepare how fast texts are tokenised and how soon a training on them begins. attention measures the sparse
 patterns and shared heads by themselves. All decode greedily.
@@ -44,7 +45,8 @@ from tqdm import tqdm
 from compare import compare
 from cost import attention_weights, count, matrix
 from generate import find_strategy, generate, strategies
-from plumbing import attention_bench, cli, load_bench, pairs, prepare_bench, ranks, report, speed, train_bench
+from plumbing import attention_bench, cli, load_bench, pairs, precision_bench, prepare_bench
+from plumbing import ranks, report, speed, train_bench
 from plumbing.machine import fresh, machine
 from plumbing.models import check_memory
 from plumbing.utils import pick_device
@@ -181,7 +183,7 @@ def compare_ways(args):
     print(json.dumps(result) if args.json else f"{result['machine']}\n\n{pairs.table(result)}")
 
 
-MEASURED = {"load": load_bench, "train": train_bench, "prepare": prepare_bench}
+MEASURED = {"load": load_bench, "train": train_bench, "prepare": prepare_bench, "precision": precision_bench}
 
 
 def print_measured(args):

@@ -27,6 +27,7 @@ from plumbing.utils import DTYPES, pick_device
 from plumbing.weights import load_model, locate
 
 SIZES = {"int8": 1, "int16": 2, "float16": 2, "bfloat16": 2, "float32": 4}  # bytes of CTranslate2's numbers
+GGUF = {"int8": ("Q8_0", 34 / 32), "float16": ("F16", 2), "bfloat16": ("BF16", 2), "float32": ("F32", 4)}  # llama.cpp's
 
 
 def ours(job):
@@ -112,6 +113,71 @@ def ct2(job):
                        weight_size=SIZES[weight], kept_size=SIZES[(kept or [weight])[0]])
 
 
+def gguf(directory, precision, output):
+    """Write a GPT's directory as llama.cpp has it, with no vocabulary: ids are asked for, and ids it shall find."""
+    import gguf
+    model, kind = load_model(Path(directory), torch.float32), getattr(gguf.GGMLQuantizationType, GGUF[precision][0])
+    config, file = model.config, gguf.GGUFWriter(output, "gpt2")
+    for add, value in ((file.add_context_length, config.block_size), (file.add_embedding_length, config.n_embd),
+                       (file.add_block_count, config.n_layer), (file.add_head_count, config.n_head),
+                       (file.add_feed_forward_length, config.inner), (file.add_layer_norm_eps, config.layer_norm_eps),
+                       (file.add_vocab_size, config.vocab_size), (file.add_tokenizer_model, "no_vocab")):
+        add(value)
+    named = {"token_embd": model.wte, "position_embd": model.wpe, "output_norm": model.ln_f, "output": model.lm_head}
+    for i, block in enumerate(model.h):
+        parts = dict(attn_norm=block.ln_1, attn_qkv=block.attn.c_attn, attn_output=block.attn.c_proj,
+                     ffn_norm=block.ln_2, ffn_up=block.mlp.c_fc, ffn_down=block.mlp.c_proj)
+        named |= {f"blk.{i}.{name}": part for name, part in parts.items()}
+    for name, part in named.items():
+        for key, x in part.named_parameters():
+            size = kind if isinstance(part, torch.nn.Linear) and x.dim() == 2 else gguf.GGMLQuantizationType.F32
+            file.add_tensor(f"{name}.{key}", gguf.quants.quantize(x.detach().numpy(), size), raw_dtype=size)
+    file.write_header_to_file()
+    file.write_kv_data_to_file()
+    file.write_tensors_to_file()
+    file.close()
+
+
+def llama(job):
+    """llama.cpp on a CPU, of what gguf() wrote. Its GELU is a table in float16, whatever the precision."""
+    import llama_cpp
+    import numpy as np
+    (B, N), n, exact = np.shape(job["rows"]), job["n"], job["compute"] == "float32"
+    file, options = job["gguf"][job["compute"]].encode(), llama_cpp.llama_context_default_params()
+    options.n_ctx, options.n_batch, options.n_seq_max = B * (N + n), B * N, B
+    options.n_threads = options.n_threads_batch = torch.get_num_threads()
+    options.type_k = options.type_v = llama_cpp.GGML_TYPE_F32 if exact else llama_cpp.GGML_TYPE_F16
+    if exact:  # its flash attention rounds to float16
+        options.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    model = llama_cpp.llama_model_load_from_file(file, llama_cpp.llama_model_default_params())
+    context, batch = llama_cpp.llama_init_from_model(model, options), llama_cpp.llama_batch_init(B * N, 0, 1)
+    V = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
+
+    def step(rows, start):
+        T = len(rows[0])
+        batch.n_tokens = B * T
+        for i, (r, t) in enumerate(np.ndindex(B, T)):
+            batch.token[i], batch.pos[i], batch.logits[i] = rows[r][t], start + t, t == T - 1
+            batch.n_seq_id[i], batch.seq_id[i][0] = 1, r
+        if llama_cpp.llama_decode(context, batch):
+            raise RuntimeError(f"llama.cpp did not compute {B} x {T} tokens")
+        scores = (llama_cpp.llama_get_logits_ith(context, r * T + T - 1) for r in range(B))
+        return [[int(np.ctypeslib.as_array(row, (V,)).argmax())] for row in scores]
+
+    def write(clock):
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
+        texts, new = [list(row) for row in job["rows"]], job["rows"]
+        for _ in range(n):
+            new = step(new, len(texts[0]) - len(new[0]))
+            clock()
+            texts = [text + ids for text, ids in zip(texts, new)]
+        return [text[N:] for text in texts]
+
+    return write, dict(version=f"llama.cpp by llama-cpp-python {llama_cpp.__version__}",
+                       precision="float32 but for GELU" if exact else job["compute"],
+                       weight_size=GGUF[job["compute"]][1], kept_size=4 if exact else 2)
+
+
 def timed(write):
     """What is written, the seconds to the first token and to the last, and the most memory so far, as a dict."""
     times, start = [], time.perf_counter()
@@ -120,7 +186,7 @@ def timed(write):
                 gpu_peak=torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else 0)
 
 
-ENGINES = {"minDecode": ours, "hf": hf, "ctranslate2": ct2}
+ENGINES = {"minDecode": ours, "hf": hf, "ctranslate2": ct2, "llama.cpp": llama}
 
 
 def serve():

@@ -2,6 +2,7 @@
 bench.py decode, prefill: how fast a request is answered, here and by other engines, and how fast it could be.
 
     python bench.py decode --random gpt2 --prompt-tokens 32 --max-new-tokens 128 --against hf,ctranslate2:int8
+    python bench.py decode --random gpt2 --prompt-tokens 32 --max-new-tokens 128 --against llama.cpp,llama.cpp:int8
     python bench.py prefill --random bart-base --prompt-tokens 1024 --max-new-tokens 2 --against hf
     python bench.py decode --random gpt2 --prompt-tokens 32 --also "--compile" --also "--compile --quantize int8"
 
@@ -27,7 +28,7 @@ import torch
 from cost import count
 from generate import generate
 from plumbing import cli
-from plumbing.engines import SIZES, convert, working
+from plumbing.engines import GGUF, SIZES, convert, gguf, working
 from plumbing.errors import WHOLE, UserError, naming
 from plumbing.files import read_json
 from plumbing.machine import fresh, machine
@@ -37,8 +38,10 @@ from plumbing.utils import DTYPES, pick_device
 from plumbing.weights import save_pretrained
 from roofline import bandwidth, matmul_peak, multiply, read
 
-# of each other engine its package, and what may follow a colon
-OTHERS = {"hf": ("transformers", [""]), "ctranslate2": ("ctranslate2", ["", *SIZES])}
+# of each other engine the modules it needs, what pip calls them, and what may follow a colon
+OTHERS = {"hf": (["transformers"], "transformers", [""]),
+          "ctranslate2": (["ctranslate2"], "ctranslate2", ["", *SIZES]),
+          "llama.cpp": (["llama_cpp", "gguf"], "llama-cpp-python gguf", ["", *GGUF])}
 HOW = {"strategy", "dtype", "compile", "quantize"}  # what --also may change
 PAUSE = 0.3  # seconds before a turn: threads of the engine before may wait that long for work, and take the cores
 
@@ -47,7 +50,8 @@ def add_arguments(parser):
     cli.add_compile(parser)
     add = parser.add_argument
     add("--strategy", help=f"{cli.STRATEGY}; default: cached")
-    add("--against", metavar="A,B,...", help="other engines: hf (transformers), ctranslate2, ctranslate2:int8")
+    add("--against", metavar="A,B,...", help="other engines: hf (transformers), ctranslate2, ctranslate2:int8, "
+        "llama.cpp, llama.cpp:int8 (GPTs, on a CPU)")
     add("--also", action="append", default=[], metavar="ARGS", help="once more here, with these further arguments, "
         "e.g. \"--compile --quantize int8\"; may be given several times")
     add("--repeats", type=WHOLE, default=5, metavar="N", help="timed requests of each engine; default: 5")
@@ -66,12 +70,12 @@ def check(args, others):
         raise UserError(f"--repeats {args.repeats} must be at least 1")
     for name in others:
         engine, _, option = name.partition(":")
-        package, options = OTHERS.get(engine, ("", []))
+        modules, packages, options = OTHERS.get(engine, ("", "", []))
         if option not in options:
-            known = ", ".join([*OTHERS, *(f"ctranslate2:{size}" for size in SIZES)])
+            known = ", ".join(f"{engine}:{option}".rstrip(":") for engine in OTHERS for option in OTHERS[engine][-1])
             raise UserError(f"--against {name!r:.60} is none of the engines known here: {known}")
-        if find_spec(package) is None:
-            raise UserError(f"--against {name} needs {package}: pip install {package}")
+        if None in map(find_spec, modules):
+            raise UserError(f"--against {name} needs {packages}: pip install {packages}")
     if others and args.decoder_prompt is not None:
         raise UserError(f"--decoder-prompt {args.decoder_prompt!r:.60} is not handed to other engines: leave it out, "
                         f"or --against")
@@ -90,6 +94,10 @@ def prepare(args, variants, others, folder):
     if n < 2:
         raise UserError(f"--max-new-tokens {n} leaves no decode step after the first token: ask for 2")
     engines, device = len(variants) + len(others), pick_device(args.device)
+    dtype = args.dtype or str(model.wte.weight.dtype).removeprefix("torch.")
+    files = {name.partition(":")[2] or dtype: None for name in others if name.startswith("llama.cpp")}
+    if files and (model.config.is_encoder_decoder or device != "cpu" or dtype not in GGUF):
+        raise UserError(f"--against llama.cpp is for GPTs, on a CPU, in one of {', '.join(GGUF)}: leave it out")
     check_memory(f"a model for each of {engines} engines", model.config, engines * model.wte.weight.itemsize, device)
     save_pretrained(folder, model)
     kind = read_json(Path(folder, "config.json"))["model_type"]
@@ -100,11 +108,13 @@ def prepare(args, variants, others, folder):
         with count(model) as cost:
             generate(model, rows, n // 2 + 1, **request.options | dict(strategy=strategy))
         calls[strategy] = cost.step(1), cost.step(n // 2 + 1)
-    dtype = args.dtype or str(model.wte.weight.dtype).removeprefix("torch.")
     if any(name.startswith("ctranslate2") for name in others):
         fresh(convert, folder, model.config.vocab_size, str(Path(folder, "ct2")))
-    return dict(directory=folder, converted=str(Path(folder, "ct2")), bart=model.config.is_encoder_decoder, rows=rows,
-                n=n, dtype=dtype, device=device, prompt=request.prompt), calls
+    for precision in files:
+        files[precision] = str(Path(folder, f"{precision}.gguf"))
+        fresh(gguf, folder, precision, files[precision])
+    return dict(directory=folder, converted=str(Path(folder, "ct2")), gguf=files, bart=model.config.is_encoder_decoder,
+                rows=rows, n=n, dtype=dtype, device=device, prompt=request.prompt), calls
 
 
 def compare(workers):

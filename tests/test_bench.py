@@ -1,17 +1,25 @@
 """bench.py measures what it says, on a model small enough to do it in seconds; times themselves are for the reader."""
 
+import copy
 import json
 import math
+from contextlib import nullcontext
 from dataclasses import replace
+from itertools import islice
 
 import pytest
 
 import bench
 from compare import compare
 from conftest import call
+from further.quantize import quantize
 from model import BART
-from plumbing import load_bench, models, pairs
+from plumbing import load_bench, models, pairs, precision_bench
+from plumbing.checkpoints import load_checkpoint
+from plumbing.config import build
+from plumbing.data import DataConfig, load_data
 from plumbing.weights import save_pretrained
+from train import evaluate
 
 
 @pytest.fixture
@@ -155,3 +163,38 @@ def test_a_trace_of_a_compiled_step_is_refused():
     done = call(bench.main, "trace", "--random", "gpt2", "--model.n_layer=1", *SMALL, "--prompt-tokens", 8,
                 "--strategy", "further.compiled:compiled")
     assert done.code == 2 and "nothing can be counted" in done.err and done.err.count("\n") == 1 and not done.out
+
+
+def test_what_fewer_bits_cost_is_measured_on_what_was_held_out(tiny_gpt, tiny_bart):
+    for tiny in tiny_gpt, tiny_bart:
+        outcome = call(bench.main, "precision", "--model", tiny.path, "--batches", 2, "--device", "cpu", "--json")
+        assert outcome.code == 0, outcome
+        found = json.loads(outcome.out)
+        rows = {row.pop("precision"): row for row in found["precisions"]}
+        assert list(rows) == ["float64", "float32", "bfloat16", "float16", "int8, the rest float32", "int8, the rest bfloat16"]
+        data = load_data(build(DataConfig, load_checkpoint(tiny.path).extra["data"], "data"),
+                         seq2seq=tiny.model.config.is_encoder_decoder, tokenizer=tiny.tokenizer)[0]
+        batches = islice(data.val_batches(precision_bench.ROWS, tiny.model.config.block_size), 2)
+        loss, _ = evaluate(copy.deepcopy(tiny.model).double(), batches, "cpu", nullcontext())
+        assert rows["float64"] == {"loss": pytest.approx(loss, abs=1e-9), "rms": 0, "most": 0}
+        error = [rows[name]["rms"] for name in ("float32", "float16", "bfloat16")]
+        assert 0 < error[0] < 1e-5 < error[1] < 1e-2 and 3 * error[1] < error[2] < rows["int8, the rest bfloat16"]["rms"]
+        assert all(row["rms"] <= row["most"] and abs(row["loss"] - loss) < 0.2 for row in rows.values())
+    assert "held-out loss" in precision_bench.table(found | {"precisions": [{"precision": name} | rows[name] for name in rows]})
+
+
+@pytest.mark.parametrize("args, words", [
+    (["--batches", 0], "--batches 0"), (["--source", "nowhere.txt"], "nowhere.txt"), (["--model", "no/where"], "no/where")])
+def test_what_precision_cannot_measure_is_refused_in_a_line(args, words, tiny_gpt):
+    outcome = call(bench.main, "precision", "--model", tiny_gpt.path, "--device", "cpu", *args)
+    assert outcome.code == 2 and not outcome.out and outcome.err.count("\n") == 1 and words in outcome.err
+
+
+def test_precision_needs_a_text_and_a_model_of_plain_numbers(tiny_gpt, tmp_path):
+    save_pretrained(tmp_path / "plain", tiny_gpt.model, tiny_gpt.tokenizer)
+    save_pretrained(tmp_path / "mute", tiny_gpt.model)
+    save_pretrained(tmp_path / "whole", quantize(copy.deepcopy(tiny_gpt.model)), tiny_gpt.tokenizer)
+    for name, more, words in (("plain", (), "with --source"), ("mute", ("--source", "shakespeare"), "no tokenizer"),
+                              ("whole", ("--source", "shakespeare"), "whole numbers already")):
+        outcome = call(bench.main, "precision", "--model", tmp_path / name, "--device", "cpu", *more)
+        assert outcome.code == 2 and words in outcome.err and outcome.err.count("\n") == 1

@@ -220,7 +220,7 @@ SOURCE = LESSON + FURTHER + PLUMBING
 KNOWS = {"models": {"model"}, "weights": {"model"}, "patterns": {"attention", "sparse"},
          "attention_bench": {"attention", "cache", "model", "sparse"}, "checks": {"cost"},  # who builds, of plumbing/
          "cli": {"sampling"}, "pairs": {"further", "generate"}, "engines": {"generate"}, "speed": {"cost", "generate", "roofline"},
-         "meters": {"cost", "roofline"}, "train_bench": {"roofline", "train"}}
+         "meters": {"cost", "roofline"}, "train_bench": {"roofline", "train"}, "precision_bench": {"further", "train"}}
 
 
 def nodes(path, *kinds):

@@ -110,6 +110,19 @@ def test_ctranslate2_writes_the_same(args, here):
     assert whole["bytes_per_token"] == pytest.approx(matrix_bytes(args, 1, 4))
 
 
+@pytest.mark.skipif(None in map(find_spec, ("llama_cpp", "gguf")),
+                    reason="llama.cpp is not here: pip install llama-cpp-python gguf")
+@pytest.mark.parametrize("more", [(), ("--model.tie_weights=false",)], ids=["tied", "own head"])
+def test_llama_cpp_writes_the_same(more, here):
+    args = [*GPT_ARGS, "--model.n_embd=32", "--model.n_inner=96", *more]  # of blocks of 32 numbers, whole ones
+    where, ours, theirs, whole = lines(call(bench.main, "prefill", *args, *REQUEST, "--repeats", 1, "--json", "--against",
+                                            "llama.cpp,llama.cpp:int8"))
+    assert theirs["ids"] == ours["ids"] and theirs["precision"] == "float32 but for GELU"
+    assert [len(row) for row in whole["ids"]] == [6] * 3 and 0.5 < whole["equal"] <= 1
+    assert theirs["bytes_per_token"] == ours["bytes_per_token"]
+    assert whole["bytes_per_token"] == pytest.approx(matrix_bytes(args, 34 / 32, 2))
+
+
 def test_an_end_of_sequence_ends_nothing(here):
     """Every id is an end: each engine that heeds one would stop at once."""
     pytest.importorskip("transformers")
@@ -158,6 +171,7 @@ def test_what_should_write_the_same_and_does_not_ends_it(more, code, here, monke
     (["--also", "--max-new-tokens 3"], "another model or text"), (["--also", "--model.n_layer=3"], "--model.n_layer=3"),
     (["--also", "--nothing"], "--also '--nothing'"), (["--also", "--compile --strategy naive"], "do not go together"),
     (["--strategy", "further.compiled:compiled"], "--compile"), (["--also", "--strategy further.compiled:compiled"], "--compile"),
+    (["--against", "llama.cpp:float64"], "float64"),
     (["--against", "hf", "--model.n_kv_head=1"], "mindecode-gpt"), (["--plot", "no/where.png"], "no/where.png")])
 def test_what_cannot_be_measured_is_refused_in_a_line(more, words, monkeypatch):
     monkeypatch.setattr(speed, "working", None)
@@ -169,6 +183,16 @@ def test_an_engine_that_is_not_installed_is_named(monkeypatch):
     monkeypatch.setattr(speed, "find_spec", lambda name: None)
     outcome = call(bench.main, "prefill", *GPT_ARGS, *REQUEST, "--against", "ctranslate2")
     assert outcome.code == 2 and "pip install ctranslate2" in outcome.err and outcome.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("args, more, device", [(BART_ARGS, (), "cpu"), (GPT_ARGS, ("--dtype", "float64"), "cpu"),
+                                                (GPT_ARGS, (), "cuda")])
+def test_llama_cpp_is_for_gpts_on_a_cpu(args, more, device, monkeypatch):
+    monkeypatch.setattr(speed, "find_spec", lambda name: True)
+    monkeypatch.setattr(speed, "pick_device", lambda name: device)
+    monkeypatch.setattr(speed, "check_memory", lambda *args: None)
+    outcome = call(bench.main, "decode", *args, *REQUEST, "--against", "llama.cpp:int8", *more)
+    assert outcome.code == 2 and "for GPTs, on a CPU" in outcome.err and outcome.err.count("\n") == 1
 
 
 def test_so_many_models_must_fit_the_memory(monkeypatch):
