@@ -288,9 +288,11 @@ class Decoding:
 
     def take(self, B):
         shape = self.memory and (len(self.memory.kv[0][0]), *self.memory.key_pos.shape)
-        choice, filters = self.choose.choice, [keep for keep, _ in self.choose.filters]
-        way = (choice.n_vocab, choice.temperature > 0, choice.top_k, *filters) if self.inside else None
-        idle = self.steps.idle.setdefault((B, self.room, shape, way), [])
+        way = ()  # what of a choice is recorded, not its numbers
+        if self.inside:
+            choice = self.choose.choice
+            way = choice.n_vocab, choice.temperature > 0, choice.top_k, *(keep for keep, _ in self.choose.filters)
+        idle = self.steps.idle.setdefault((B, self.room, shape, self.inside, way), [])
         if idle:
             self.buffers = idle.pop()
             self.buffers.read(self.memory)

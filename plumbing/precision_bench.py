@@ -2,18 +2,16 @@
 bench.py precision: what fewer bits cost a trained model on held-out text, in loss and in logits.
 
     python bench.py precision --model out/gpt-tiny
-    python bench.py precision --model DIR --source corpus.txt --compile
+    python bench.py precision --model DIR --source corpus.txt
 
 The same weights compute in every precision, each label given what stands before it, and all are held against float64.
-The text is what the run has held out; --source names another, whose last tenth it is.
+The text is what the run has held out; --source names another, whose last tenth it is. What compiling changes, bench.py
+compare says: --quantize int8 --strategies cached,further.compiled:compiled.
 """
 
 import copy
 from itertools import islice
 
-import torch
-
-from further.compiled import compiler_options
 from further.quantize import Int8Linear, held_out, quantize
 from plumbing.checkpoints import load_checkpoint
 from plumbing.config import build
@@ -34,7 +32,6 @@ def add_arguments(parser):
     add("--model", metavar="DIR_OR_NAME", required=True, help="a run, a Hugging Face directory, or a name on the hub")
     add("--source", help="data.source of the text; default: what the run was trained on")
     add("--batches", type=WHOLE, default=20, metavar="N", help=f"of {ROWS} held-out rows, at most; default: 20")
-    add("--compile", action="store_true", help="compiled int8 as well, which a CPU multiplies in another way")
     add("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda or mps")
     add("--json", action="store_true", help="one JSON object")
 
@@ -44,8 +41,6 @@ def measure(args):
     if args.batches < 1:
         raise UserError(f"--batches {args.batches} must be at least 1")
     device = pick_device(args.device)
-    if args.compile:
-        compiler_options(device)
     run = load_checkpoint(args.model)
     values = (run.extra["data"] if run else {}) | ({"source": args.source} if args.source else {})
     if not values:
@@ -62,8 +57,6 @@ def measure(args):
     names = ["float32", "bfloat16", "float16"] if device == "mps" else ["float64", "float32", "bfloat16", "float16"]
     models = {name: copy.deepcopy(model).to(DTYPES[name]) for name in names}
     models |= {f"int8, the rest {name}": quantize(copy.deepcopy(model)).to(DTYPES[name]) for name in names[-3:-1]}
-    if args.compile:
-        models |= {f"{name}, compiled": torch.compile(one) for name, one in models.items() if name.startswith("int8")}
     found = held_out(models.values(), batches)
     return dict(model=args.model, source=values["source"], machine=machine(device), batches=len(batches),
                 precisions=[dict(precision=name, loss=loss, rms=rms, most=most)

@@ -90,6 +90,18 @@ def test_rules_and_draws_are_those_of_the_plain_step(options, no_code):
     assert generate(model, prompts, 15, strategy=compiled, **options) == generate(model, prompts, 15, **options)
 
 
+def test_whoever_chooses_may_be_any_function(no_code):
+    """As compare()'s does, which lets every strategy write the same text."""
+    model, rows = made("gpt"), prompts_of(6, 3)
+    ways = []
+    for make in program.cached, compiled:
+        step, texts = make(model, None, 2, 14, lambda logits, rows, which: logits.argmin(-1, keepdim=True).tolist()), []
+        for found in program.loop(step, rows, [14, 11], lambda r, row: False):
+            texts.append(found)
+        ways.append(texts)
+    assert ways[0] == ways[1]
+
+
 def test_weights_that_change_are_not_the_frozen_ones():
     model, prompts = made("gpt", torch.float32), prompts_of(4, 4)
     before = generate(model, prompts, 9, strategy=compiled)
