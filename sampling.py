@@ -177,10 +177,13 @@ class Chooser:
         return ids.gather(-1, self.sample(probs, parts))
 
     def likely(self, scores):
-        """Scores (B, V) at the temperature, after the filters: probs (B, K), the most likely first, and their ids."""
+        """Scores (B, V) at the temperature, after the filters: probs (B, K) and their ids, in order if need be."""
         most = scores.amax(-1, keepdim=True)  # relative to it nothing overflows, however small the temperature
         probs = ((scores - most) / self.temperature).softmax(-1)
-        probs, ids = probs.topk(min(self.choice.top_k or probs.size(-1), probs.size(-1)))  # the most likely first
+        V = probs.size(-1)
+        ids = torch.arange(V, device=probs.device).expand(probs.shape)
+        if self.choice.top_k or self.filters:  # else putting all in order would take 5 ms of a laptop's step
+            probs, ids = probs.topk(min(self.choice.top_k or V, V))  # the most likely first
         for keep, value in self.filters:
             probs = probs / probs.sum(-1, keepdim=True)
             probs[:, 1:] *= keep(probs, value)[:, 1:]

@@ -274,9 +274,11 @@ def test_the_draws_of_one_row_follow_the_probabilities_and_those_of_two_are_inde
 def test_what_is_impossible_is_not_drawn_at_the_ends_of_the_interval(monkeypatch):
     logits = torch.tensor([[-math.inf, 1.0, 2.0, -math.inf]])
     probs = torch.tensor([[0.0, 0.5, 0.0, 0.5, 0.0]])  # of speculation, not in falling order
-    for number, expected, place in ((0.0, 1, 3), (0.2, 1, 3), (0.3, 2, 3), (0.6, 2, 1), (1 - 2**-53, 2, 1)):
+    for number, likely, first, place in ((0.0, 1, 2, 3), (0.2, 1, 2, 3), (0.3, 2, 2, 3), (0.6, 2, 2, 1), (0.8, 2, 1, 1),
+                                         (1 - 2**-53, 2, 1, 1)):
         monkeypatch.setattr(sampling, "Random", lambda seed: type("", (), {"random": lambda self: number})())
-        assert choose(logits, temperature=1.0, seed=0) == [expected]
+        assert choose(logits, temperature=1.0, seed=0, top_k=4) == [likely]  # the most likely come first
+        assert choose(logits, temperature=1.0, seed=0) == [first]           # the lowest ids do
         chooser = sampling.Chooser(sampling.Choice(temperature=1.0, seed=0), "cpu", [], None)
         assert chooser.sample(probs, [[chooser.part(0)]]).tolist() == [[place]]
         assert chooser.sample(probs.double(), [[chooser.part(0)]]).tolist() == [[place]]
