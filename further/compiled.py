@@ -81,7 +81,8 @@ class Draws:
 
     def enter(self, choose, rows):
         """What follows these rows is drawn as `choose` draws it, who has drawn nothing of it."""
-        self.numbers.copy_(torch.tensor([choose.temperature, *(number for _, number in choose.filters)]))
+        numbers = [choose.temperature, *(number for _, number in choose.filters)]
+        self.numbers.copy_(torch.tensor(numbers, dtype=torch.double))
         length = self.parts.size(1)
         parts = [[1.0] * len(row) + [choose.part(r) for _ in range(length - len(row))] for r, row in enumerate(rows)]
         self.parts.copy_(torch.tensor(parts, dtype=torch.double))

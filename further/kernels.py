@@ -273,11 +273,13 @@ class Step:
             self.product(inner, layer.mlp.c_proj, stream, residual=add)
         self.scores = new(self.B, V) if scored else None
         if scored:
-            return self.product(stream, model.lm_head, self.scores, next(norms), N=V)
-        parts = triton.cdiv(V, self.block(model.lm_head.weight)[0])
-        self.most, which = new(self.B, parts), new(self.B, parts, dtype=torch.int32)
-        self.product(stream, model.lm_head, self.most, next(norms), which=which, N=V)
-        self.launch(choose, self.B, self.most, which, ids, at, self.finite, parts, length, PP=up(parts), num_warps=16)
+            self.product(stream, model.lm_head, self.scores, next(norms), N=V)
+        else:
+            parts = triton.cdiv(V, self.block(model.lm_head.weight)[0])
+            self.most, which = new(self.B, parts), new(self.B, parts, dtype=torch.int32)
+            self.product(stream, model.lm_head, self.most, next(norms), which=which, N=V)
+            self.launch(choose, self.B, self.most, which, ids, at, self.finite, parts, length, PP=up(parts),
+                        num_warps=16)
 
     @classmethod
     def fits(cls, model, ids, cache, memory=None):
@@ -321,7 +323,7 @@ class Step:
         """
         KP, size = up(weight.size(1)), weight.element_size()
         if KP <= 1024:
-            return 8, min(512 // max(size, 2), KP)  # a warp's threads, 8 numbers of up to 16 bytes each
+            return 8, min(512 // max(size, 2), KP)  # of a warp each thread 8 numbers, in up to 16 bytes
         return 8 if KP <= 2048 else max(1, 16384 // (KP * size)), KP
 
     @staticmethod
