@@ -841,13 +841,13 @@ def top_k_keeps_ties():
     *_, sampling = project()
 
     @around(sampling.Chooser, "draw")
-    def draw(original, self, scores, which):
+    def draw(original, self, scores, parts):
         if not self.choice.top_k:
-            return original(self, scores, which)
+            return original(self, scores, parts)
         least = scores.topk(min(self.choice.top_k, scores.size(-1)))[0][:, -1:]
         own, self.choice = self.choice, dataclasses.replace(self.choice, top_k=None)
         try:
-            return original(self, scores.masked_fill(scores < least, -torch.inf), which)
+            return original(self, scores.masked_fill(scores < least, -torch.inf), parts)
         finally:
             self.choice = own
 
