@@ -23,10 +23,11 @@ write the same, what does each cost, and where they differ, is it rounding or a 
 there is a bug: further.concat:slip is one, from a lecture note, its cache lacks the newest token. decode times
 requests, here and in other engines, against what the machine can read, and predicts a step; without a model it predicts
 and measures twenty settings. prefill times their first tokens, against what the machine can multiply, train the steps
-of a training. precision says what fewer bits cost, in loss and in logits. trace prints the shape of every matrix product, which are fixed and which grow. report writes a page that
-shows the decoding step by step. load says how long load_pretrained takes beside merely reading the file, and how much
-memory, prepare how fast texts are tokenised and how soon a training on them begins. attention measures the sparse
-patterns and shared heads by themselves. All decode greedily.
+of a training. precision says what fewer bits cost, in loss and in logits. trace prints the shape of every matrix
+product, which are fixed and which grow. report writes a page that shows the decoding step by step. load says how long
+load_pretrained takes beside merely reading the file, and how much memory, prepare how fast texts are tokenised and how
+soon a training on them begins. attention measures the sparse patterns and shared heads by themselves. All decode
+greedily.
 """
 
 import json

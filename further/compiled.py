@@ -162,8 +162,8 @@ def compiler_options(device):
 
 class Buffers:
     """
-    What a decoding of B rows holds while it runs, always at the same addresses: ids and `at`, see above, a cache, and the
-    memory, laid out for reading. made: the model's Steps; choose: a Chooser, where the step chooses ids.
+    What a decoding of B rows holds while it runs, always at the same addresses: ids and `at`, see above, a cache, and
+    the memory, laid out for reading. made: the model's Steps; choose: a Chooser, where the step chooses ids.
     """
 
     def __init__(self, model, made, B, length, memory, choose=None):

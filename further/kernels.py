@@ -83,7 +83,8 @@ def whole(W):
     instructions that all units have, where a conversion is one that few have.
     """
     placed = tl.inline_asm_elementwise("""{ .reg .b32 u; xor.b32 u, $4, 0x80808080; prmt.b32 $0, u, 0x4B000000, 0x7440;
-        prmt.b32 $1, u, 0x4B000000, 0x7441; prmt.b32 $2, u, 0x4B000000, 0x7442; prmt.b32 $3, u, 0x4B000000, 0x7443; }""",
+        prmt.b32 $1, u, 0x4B000000, 0x7441; prmt.b32 $2, u, 0x4B000000, 0x7442;
+        prmt.b32 $3, u, 0x4B000000, 0x7443; }""",
         "=f,=f,=f,=f,r", [W], dtype=tl.float32, is_pure=True, pack=4)
     return placed - (2**23 + 128)
 

@@ -183,7 +183,8 @@ def find(model, speculate, strategy="cached", overflow="refuse"):
                             f"{model.config.vocab_size}: encode them with the model's tokenizer")
         return partial(speculative, make_draft=partial(examples_draft, speculate))
     if not isinstance(speculate, torch.nn.Module):
-        raise UserError(f"speculate={speculate!r:.60} is not 'lookup', Examples or a model: leave it out for no guesses")
+        raise UserError(f"speculate={speculate!r:.60} is not 'lookup', Examples or a model: leave it out for no "
+                        f"guesses")
     for what in "is_encoder_decoder", "vocab_size":
         theirs, ours = (getattr(each.config, what) for each in (speculate, model))
         if theirs != ours:

@@ -113,7 +113,7 @@ def ct2(job):
                        weight_size=SIZES[weight], kept_size=SIZES[(kept or [weight])[0]])
 
 
-def gguf(directory, precision, output):
+def write_gguf(directory, precision, output):
     """Write a GPT's directory as llama.cpp has it, with no vocabulary: ids are asked for, and ids it shall find."""
     import gguf
     model, kind = load_model(Path(directory), torch.float32), getattr(gguf.GGMLQuantizationType, GGUF[precision][0])
@@ -139,7 +139,7 @@ def gguf(directory, precision, output):
 
 
 def llama(job):
-    """llama.cpp on a CPU, of what gguf() wrote. Its GELU is a table in float16, whatever the precision."""
+    """llama.cpp on a CPU, of what write_gguf() wrote. Its GELU is a table in float16, whatever the precision."""
     import llama_cpp
     import numpy as np
     (B, N), n, exact = np.shape(job["rows"]), job["n"], job["compute"] == "float32"

@@ -28,7 +28,7 @@ class Muon(torch.optim.Muon):
                     p.add_(ranks.part(direction, p), alpha=-group["lr"] * rms)
 
     def ahead(self, p, rate):
-        """The momentum as Nesterov has it, of the whole matrix: of a sharded one a rank has some rows, as of its update."""
+        """The momentum as Nesterov has it, of the whole matrix: of a sharded one a rank has rows, as of its update."""
         if not self.state[p]:
             self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         momentum = self.state[p]["momentum_buffer"]

@@ -41,12 +41,12 @@ def measure(args):
     if args.batches < 1:
         raise UserError(f"--batches {args.batches} must be at least 1")
     device = pick_device(args.device)
+    model, tokenizer = load_pretrained(args.model, device=device)
     run = load_checkpoint(args.model)
     values = (run.extra["data"] if run else {}) | ({"source": args.source} if args.source else {})
     if not values:
         raise UserError(f"{args.model} is no run of train.py, which would have held out some text: name one with "
                         f"--source")
-    model, tokenizer = load_pretrained(args.model, device=device)
     if isinstance(model.lm_head, Int8Linear):
         raise UserError(f"{args.model} is of whole numbers already: name the model that it was made of")
     if tokenizer is None:
@@ -68,5 +68,5 @@ def table(r):
     exact = r["precisions"][0]
     rows = [[one["precision"], f"{one['loss']:.5f}", f"{one['loss'] - exact['loss']:+.5f}", f"{one['rms']:.1e}",
              f"{one['most']:.1e}"] for one in r["precisions"]]
-    return (f"{r['machine']}\nprecision: {r['model']}, held out of {r['source']}, {r['batches']} batches of {ROWS} rows\n\n"
-            + aligned([["", "held-out loss", "more", "logits differ by (rms)", "at most"], *rows]))
+    return (f"{r['machine']}\nprecision: {r['model']}, held out of {r['source']}, {r['batches']} batches of {ROWS} "
+            f"rows\n\n" + aligned([["", "held-out loss", "more", "logits differ by (rms)", "at most"], *rows]))

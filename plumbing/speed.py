@@ -28,7 +28,7 @@ import torch
 from cost import count
 from generate import generate
 from plumbing import cli
-from plumbing.engines import GGUF, SIZES, convert, gguf, working
+from plumbing.engines import GGUF, SIZES, convert, working, write_gguf
 from plumbing.errors import WHOLE, UserError, naming
 from plumbing.files import read_json
 from plumbing.machine import fresh, machine
@@ -112,7 +112,7 @@ def prepare(args, variants, others, folder):
         fresh(convert, folder, model.config.vocab_size, str(Path(folder, "ct2")))
     for precision in files:
         files[precision] = str(Path(folder, f"{precision}.gguf"))
-        fresh(gguf, folder, precision, files[precision])
+        fresh(write_gguf, folder, precision, files[precision])
     return dict(directory=folder, converted=str(Path(folder, "ct2")), gguf=files, bart=model.config.is_encoder_decoder,
                 rows=rows, n=n, dtype=dtype, device=device, prompt=request.prompt), calls
 
