@@ -21,10 +21,9 @@ if __name__ == "__main__":
 
 from further.serve import serve
 from plumbing import cli
-from plumbing.checkpoints import load_checkpoint
-from plumbing.config import build
-from plumbing.data import TASKS, DataConfig, is_pairs, make_pairs
+from plumbing.data import TASKS, is_pairs, make_pairs
 from plumbing.report import aligned
+from plumbing.runs import trained_on
 
 METRICS = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L"}
 
@@ -51,10 +50,8 @@ def lead(text):
 
 def held_out(model, source):
     """The (source, target) that the run in a directory has held out, or would have of another data.source."""
-    run = load_checkpoint(model)
-    values = (run.extra["data"] if run else {}) | ({"source": source} if source else {})
-    config = build(DataConfig, values, "data")
-    if not is_pairs(config.source):  # a text is what DataConfig names, too, where there is no run
+    config = trained_on(model, source)
+    if config is None or not is_pairs(config.source):
         raise UserError(f"{model} was not trained on pairs by train.py, so that none were held out: name some with "
                         f"--source, {', '.join(TASKS)}, or a path of .jsonl")
     return make_pairs(config)[1]

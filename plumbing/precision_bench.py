@@ -13,13 +13,12 @@ import copy
 from itertools import islice
 
 from further.quantize import Int8Linear, held_out, quantize
-from plumbing.checkpoints import load_checkpoint
-from plumbing.config import build
-from plumbing.data import DataConfig, load_data
+from plumbing.data import load_data
 from plumbing.errors import WHOLE, UserError
 from plumbing.machine import machine
 from plumbing.models import check_memory
 from plumbing.report import aligned
+from plumbing.runs import trained_on
 from plumbing.utils import DTYPES, pick_device
 from plumbing.weights import load_pretrained
 from train import to
@@ -42,23 +41,23 @@ def measure(args):
         raise UserError(f"--batches {args.batches} must be at least 1")
     device = pick_device(args.device)
     model, tokenizer = load_pretrained(args.model, device=device)
-    run = load_checkpoint(args.model)
-    values = (run.extra["data"] if run else {}) | ({"source": args.source} if args.source else {})
-    if not values:
+    config = trained_on(args.model, args.source)
+    if config is None:
         raise UserError(f"{args.model} is no run of train.py, which would have held out some text: name one with "
                         f"--source")
     if isinstance(model.lm_head, Int8Linear):
         raise UserError(f"{args.model} is of whole numbers already: name the model that it was made of")
     if tokenizer is None:
         raise UserError(f"{args.model} has no tokenizer that can be read, so that no text can be given to it")
-    check_memory(f"{args.model} in all precisions", model.config, sum(one.itemsize for one in DTYPES.values()), device)
-    data = load_data(build(DataConfig, values, "data"), seq2seq=model.config.is_encoder_decoder, tokenizer=tokenizer)[0]
+    each = sum(dtype.itemsize for dtype in DTYPES.values()) + 8  # bytes; 8 for those of whole numbers, own embeddings
+    check_memory(f"{args.model} in all precisions", model.config, each, device)
+    data = load_data(config, seq2seq=model.config.is_encoder_decoder, tokenizer=tokenizer)[0]
     batches = [to(device, batch) for batch in islice(data.val_batches(ROWS, model.config.block_size), args.batches)]
     names = ["float32", "bfloat16", "float16"] if device == "mps" else ["float64", "float32", "bfloat16", "float16"]
     models = {name: copy.deepcopy(model).to(DTYPES[name]) for name in names}
     models |= {f"int8, the rest {name}": quantize(copy.deepcopy(model)).to(DTYPES[name]) for name in names[-3:-1]}
     found = held_out(models.values(), batches)
-    return dict(model=args.model, source=values["source"], machine=machine(device), batches=len(batches),
+    return dict(model=args.model, source=config.source, machine=machine(device), batches=len(batches),
                 precisions=[dict(precision=name, loss=loss, rms=rms, most=most)
                             for name, (loss, rms, most) in zip(models, found)])
 

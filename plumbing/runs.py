@@ -12,6 +12,8 @@ from tqdm import tqdm
 
 from plumbing import loggers, ranks
 from plumbing.checkpoints import load_checkpoint, load_weights, save_checkpoint
+from plumbing.config import build
+from plumbing.data import DataConfig
 from plumbing.errors import NonFiniteError, UserError
 from plumbing.files import lock, read_bytes
 from plumbing.manifests import newest
@@ -22,6 +24,13 @@ from plumbing.weights import locate
 RESUMABLE = {"model": None, "data": None, "text": None, "train": ("seed", "batch_size", "accumulation", "optimizer",
              "weight_decay", "beta2")}  # the optimizers come back with their own, and would not hear of others
 MAX_LOG = 2**31  # bytes of a log.jsonl
+
+
+def trained_on(directory, source=None):
+    """The DataConfig of the run in a directory, but for another data.source if one is given; None where is neither."""
+    run = load_checkpoint(directory)
+    values = (run.extra["data"] if run else {}) | ({"source": source} if source else {})
+    return build(DataConfig, values, "data") if values else None
 
 
 class Run:

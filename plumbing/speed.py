@@ -95,7 +95,8 @@ def prepare(args, variants, others, folder):
         raise UserError(f"--max-new-tokens {n} leaves no decode step after the first token: ask for 2")
     engines, device = len(variants) + len(others), pick_device(args.device)
     dtype = args.dtype or str(model.wte.weight.dtype).removeprefix("torch.")
-    files = {name.partition(":")[2] or dtype: None for name in others if name.startswith("llama.cpp")}
+    sizes = {name.partition(":")[2] or dtype for name in others if name.startswith("llama.cpp")}
+    files = {size: str(Path(folder, f"{size}.gguf")) for size in sizes}
     if files and (model.config.is_encoder_decoder or device != "cpu" or dtype not in GGUF):
         raise UserError(f"--against llama.cpp is for GPTs, on a CPU, in one of {', '.join(GGUF)}: leave it out")
     check_memory(f"a model for each of {engines} engines", model.config, engines * model.wte.weight.itemsize, device)
@@ -110,9 +111,8 @@ def prepare(args, variants, others, folder):
         calls[strategy] = cost.step(1), cost.step(n // 2 + 1)
     if any(name.startswith("ctranslate2") for name in others):
         fresh(convert, folder, model.config.vocab_size, str(Path(folder, "ct2")))
-    for precision in files:
-        files[precision] = str(Path(folder, f"{precision}.gguf"))
-        fresh(write_gguf, folder, precision, files[precision])
+    for size, file in files.items():
+        fresh(write_gguf, folder, size, file)
     return dict(directory=folder, converted=str(Path(folder, "ct2")), gguf=files, bart=model.config.is_encoder_decoder,
                 rows=rows, n=n, dtype=dtype, device=device, prompt=request.prompt), calls
 

@@ -15,9 +15,8 @@ from conftest import call
 from further.quantize import quantize
 from model import BART
 from plumbing import load_bench, models, pairs, precision_bench
-from plumbing.checkpoints import load_checkpoint
-from plumbing.config import build
-from plumbing.data import DataConfig, load_data
+from plumbing.data import load_data
+from plumbing.runs import trained_on
 from plumbing.weights import save_pretrained
 from train import evaluate
 
@@ -172,8 +171,7 @@ def test_what_fewer_bits_cost_is_measured_on_what_was_held_out(tiny_gpt, tiny_ba
         found = json.loads(outcome.out)
         rows = {row.pop("precision"): row for row in found["precisions"]}
         assert list(rows) == ["float64", "float32", "bfloat16", "float16", "int8, the rest float32", "int8, the rest bfloat16"]
-        data = load_data(build(DataConfig, load_checkpoint(tiny.path).extra["data"], "data"),
-                         seq2seq=tiny.model.config.is_encoder_decoder, tokenizer=tiny.tokenizer)[0]
+        data = load_data(trained_on(tiny.path), seq2seq=tiny.model.config.is_encoder_decoder, tokenizer=tiny.tokenizer)[0]
         batches = islice(data.val_batches(precision_bench.ROWS, tiny.model.config.block_size), 2)
         loss, _ = evaluate(copy.deepcopy(tiny.model).double(), batches, "cpu", nullcontext())
         assert rows["float64"] == {"loss": pytest.approx(loss, abs=1e-9), "rms": 0, "most": 0}
