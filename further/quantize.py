@@ -39,7 +39,6 @@ from plumbing.weights import load_pretrained, save_pretrained
 from train import loss_sum
 
 LEVELS = 127  # of either sign; -128 is left out, so that two products of 7 and 8 bits fit the kernel's 16
-ENDS = torch.tensor([-1.0, 1.0])
 BATCHES = 100  # of eight held-out rows, at most
 
 
@@ -54,7 +53,6 @@ class Int8Linear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.register_buffer("weight", torch.zeros(out_features, in_features, dtype=torch.int8))
         self.register_buffer("scale", torch.zeros(out_features, dtype=torch.float32))
-        self.register_buffer("ones", torch.ones(out_features), persistent=False)
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
 
     @classmethod
@@ -69,34 +67,30 @@ class Int8Linear(nn.Module):
         return new.to(linear.weight)
 
     def forward(self, x):
+        rows, by = x.flatten(0, -2), self.scale
         kernels = x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
-        rows = x.flatten(0, -2)
         if kernels and torch.compiler.is_compiling():  # what is packed for the other kernel cannot be traced; this one
-            y = torch._weight_int8pack_mm(rows.bfloat16(), self.weight, self.ones.bfloat16())  # is for bfloat16
-            y = (y.float() * self.scale).to(x.dtype).unflatten(0, x.shape[:-1])
+            ones = torch.ones_like(by, dtype=torch.bfloat16)  # is for bfloat16
+            y = torch._weight_int8pack_mm(rows.bfloat16(), self.weight, ones).float()
         elif kernels and torch.backends.quantized.engine == "x86":
-            y = self.whole(rows.float()).to(x.dtype).unflatten(0, x.shape[:-1])
+            rows = rows.float()
+            by = rows.abs().amax(1, keepdim=True)  # a row's own: what it gives does not depend on the others
+            y = self.whole(rows / by)  # what is no number is lost there; `by` has it
         else:
-            exact = torch.promote_types(x.dtype, torch.float32)
-            y = (F.linear(x, self.weight.to(x.dtype)).to(exact) * self.scale).to(x.dtype)
-        return y if self.bias is None else y + self.bias
+            y = F.linear(rows, self.weight.to(x.dtype)).to(torch.promote_types(x.dtype, torch.float32))
+        y = y * by if self.bias is None else torch.addcmul(self.bias, y, by)
+        return y.to(x.dtype).unflatten(0, x.shape[:-1])
 
     def whole(self, x):
-        """
-        x (rows, in) fp32 through the kernel of whole numbers, which rounds it to 127 levels between its least and its
-        greatest number. So every row is first divided by its largest one, and -1 and 1 stand behind it, where the
-        weights are 0: the levels are the same for every row, and what one row gives does not depend on the others.
-        """
-        size = x.abs().amax(1, keepdim=True)
-        x = torch.cat([(x / size).nan_to_num(), ENDS.expand(len(x), 2)], 1)  # what is no number is refused: size has it
-        return torch.ops.quantized.linear_dynamic(x, self.packed, True) * size  # True: 7 bits, or sums overflow
+        """x (rows, in) fp32 from -1 to 1, rounded to 127 levels (7 bits, or sums overflow), times s Q: (rows, out)."""
+        return torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(x, 1 / 63, 64, self.packed)
 
     @cached_property
     def packed(self):
         """The weights once more, in the kernel's order."""
         with warnings.catch_warnings():  # that such tensors will go one day
             warnings.simplefilter("ignore")
-            q = torch._make_per_channel_quantized_tensor(F.pad(self.weight, (0, 2)), self.scale.double(),
+            q = torch._make_per_channel_quantized_tensor(self.weight, self.scale.double(),
                                                          torch.zeros_like(self.scale, dtype=torch.long), 0)
             return torch.ops.quantized.linear_prepack(q, None)
 

@@ -203,7 +203,7 @@ def test_a_linear_that_writes_out_the_product_of_one_row_is_one(shape, bias):
     assert linear(x).shape == expected.shape and (linear(x) - expected).abs().max() < 1e-12
 
 
-@on_gpu  # the interpreter does not turn int8 into bfloat16
+@runs
 @pytest.mark.parametrize("rows", [2, 5])
 @torch.inference_mode()
 def test_int8_weights_have_a_scale_for_each_row(rows):
