@@ -69,8 +69,8 @@ class Int8Linear(nn.Module):
     def forward(self, x):
         rows, by = x.flatten(0, -2), self.scale
         kernels = x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
-        if kernels and torch.compiler.is_compiling():  # what is packed for the other kernel cannot be traced; this one
-            ones = torch.ones_like(by, dtype=torch.bfloat16)  # is for bfloat16
+        if kernels and torch.compiler.is_compiling():  # which cannot trace what is packed for the kernel below
+            ones = torch.ones_like(by, dtype=torch.bfloat16)
             y = torch._weight_int8pack_mm(rows.bfloat16(), self.weight, ones).float()
         elif kernels and torch.backends.quantized.engine == "x86":
             rows = rows.float()
