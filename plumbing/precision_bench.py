@@ -40,11 +40,11 @@ def measure(args):
     if args.batches < 1:
         raise UserError(f"--batches {args.batches} must be at least 1")
     device = pick_device(args.device)
-    model, tokenizer = load_pretrained(args.model, device=device)
     config = trained_on(args.model, args.source)
     if config is None:
         raise UserError(f"{args.model} is no run of train.py, which would have held out some text: name one with "
                         f"--source")
+    model, tokenizer = load_pretrained(args.model, device=device)
     if isinstance(model.lm_head, Int8Linear):
         raise UserError(f"{args.model} is of whole numbers already: name the model that it was made of")
     if tokenizer is None:

@@ -27,8 +27,13 @@ MAX_LOG = 2**31  # bytes of a log.jsonl
 
 
 def trained_on(directory, source=None):
-    """The DataConfig of the run in a directory, but for another data.source if one is given; None where is neither."""
+    """
+    The DataConfig of the run in a directory, but for another data.source if one is given; None where is neither. Raises
+    UserError where there is no model at all.
+    """
     run = load_checkpoint(directory)
+    if run is None:
+        locate(directory)
     values = (run.extra["data"] if run else {}) | ({"source": source} if source else {})
     return build(DataConfig, values, "data") if values else None
 

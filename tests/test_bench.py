@@ -188,6 +188,12 @@ def test_what_precision_cannot_measure_is_refused_in_a_line(args, words, tiny_gp
     assert outcome.code == 2 and not outcome.out and outcome.err.count("\n") == 1 and words in outcome.err
 
 
+def test_precision_loads_no_model_where_there_is_no_text(tiny_gpt, tmp_path, monkeypatch):
+    save_pretrained(tmp_path / "plain", tiny_gpt.model, tiny_gpt.tokenizer)
+    monkeypatch.setattr(precision_bench, "load_pretrained", None)
+    assert "with --source" in call(bench.main, "precision", "--model", tmp_path / "plain").err
+
+
 def test_precision_needs_a_text_and_a_model_of_plain_numbers(tiny_gpt, tmp_path):
     save_pretrained(tmp_path / "plain", tiny_gpt.model, tiny_gpt.tokenizer)
     save_pretrained(tmp_path / "mute", tiny_gpt.model)

@@ -105,6 +105,7 @@ def test_bad_input_exits_2_with_one_line(tiny_bart, tiny_gpt, tmp_path):
                           (["--model", tiny_gpt.path, "--source", "reverse"], "is a GPT"),
                           (["--model", tiny_gpt.path], "was not trained on pairs"),
                           (["--model", tmp_path / "none", "--source", "reverse"], "is not a directory"),
+                          (["--model", tmp_path / "none"], "is not a directory"),
                           ([], "--model")):
         outcome = call(rouge.main, *args)
         assert (outcome.code, outcome.out, outcome.err.count("\n")) == (2, "", 1) and message in outcome.err, (args, outcome)
