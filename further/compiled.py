@@ -6,9 +6,9 @@ The same decode step, compiled: fewer calls, fewer trips to memory, and on a GPU
 
 A plain step asks PyTorch for some two hundred operations, one after the other. But nothing about it ever changes: its
 shapes are those of one token, and where that token stands can be a tensor, whose value only the device reads. So one
-graph is the step of all requests and lengths. On a CPU, torch.compile makes C++ of it: products that have been tried
-out on this machine, weights laid out for them once ("frozen"), and what lies between products fused. On a GPU what it
-launches is recorded once, ids are chosen inside, greedily or by chance, and the host fetches them RUN at a time, after
+graph is the step of all requests and lengths (on a CPU, a graph of tensors: exported.py). There PyTorch makes C++ of
+it: products that have been tried out on this machine, weights laid out for them once ("frozen"), and what lies between
+products fused. On a GPU what it launches is recorded once, ids are chosen inside, greedily or by chance, and the host fetches them RUN at a time, after
 it has asked for the next RUN: every row goes on behind what it has found, or has ended. Up to 64 rows there, a step of
 a few small kernels takes the place of the compiled one (kernels.py, many_rows.py); for more, attention skips what no
 row sees (reading.py).
@@ -29,6 +29,7 @@ from torch.nn import functional as F
 
 from attention import NOWHERE
 from cache import Memory
+from further.exported import Exported
 from further.many_rows import kind_of
 from further.reading import reading
 from generate import advance, encode, project
@@ -97,7 +98,7 @@ class Steps:
 
     def __init__(self, model, weights):
         self.options, self.idle = compiler_options(model.wte.weight.device.type), {}
-        head = aligned(model.lm_head)
+        self.exported, head = Exported(logits_of, model), aligned(model.lm_head)
         model = reading(model) if model.wte.weight.is_cuda else model
         fast = lambda step: torch.compile(partial(own(step), model, head), fullgraph=True)
         self.logits, self.greedy = fast(logits_of), fast(greedy)
@@ -139,8 +140,11 @@ keep = lru_cache(maxsize=2)(Steps)  # the last two: frozen weights take as much 
 
 
 def steps(model):
-    """Its Steps: other ones when its weights have changed, since frozen ones are part of the code."""
-    return keep(model, tuple((x.data_ptr(), x._version, x.dtype) for x in (*model.parameters(), *model.buffers())))
+    """Its Steps: other ones when weights or modules have changed, since all of that is part of the code."""
+    weights = ((x.data_ptr(), x._version, x.dtype) for x in (*model.parameters(), *model.buffers()))
+    numbers = (x for module in model.modules() for name, x in vars(module).items()
+               if isinstance(x, int | float | str) and name != "training")  # of which a step knows nothing
+    return keep(model, (*model.modules(), *numbers, *weights))
 
 
 def compiler_options(device):
@@ -187,6 +191,9 @@ class Buffers:
             self.finite = self.kernels.finite
         elif choose and not self.draws:
             step = partial(made.greedy, *args, self.finite, n_vocab)
+        elif device.type == "cpu":
+            with made.compiling():
+                step = made.exported(*args, self.sized())
         else:
             step = partial(made.logits, *args)
         drawn = lambda: self.draws(step()[:, :n_vocab], self.ids, self.at, self.finite)
@@ -284,8 +291,9 @@ class Decoding:
         self.inside = cuda and type(choose) is Chooser and not (choose.watch or choose.rules)
         if cuda:
             self.room = bucket(room, model.config.block_size)
-            self.memory = self.memory and padded(self.memory, bucket(self.memory.key_pos.size(-1),
-                                                                     model.config.block_size))
+        if self.memory:
+            n = self.memory.key_pos.size(-1)  # one would not be a length like others to who traces a CPU's step
+            self.memory = padded(self.memory, bucket(n, model.config.block_size) if cuda else max(n, 2))
 
     def take(self, B):
         shape = self.memory and (len(self.memory.kv[0][0]), *self.memory.key_pos.shape)

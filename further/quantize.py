@@ -81,32 +81,29 @@ class Int8Linear(nn.Module):
         y = y * by if self.bias is None else torch.addcmul(self.bias, y, by)
         return y.to(x.dtype).unflatten(0, x.shape[:-1])
 
-    def whole(self, x):
-        """x (rows, in) fp32 from -1 to 1, rounded to 127 levels (7 bits, or sums overflow), times s Q: (rows, out)."""
-        return torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(x, 1 / 63, 64, self.packed)
-
     @cached_property
-    def packed(self):
-        """The weights once more, in the kernel's order."""
+    def whole(self):
+        """A function: x (rows, in) fp32 from -1 to 1, rounded to 127 levels (7 bits, or sums overflow), times s Q."""
         with warnings.catch_warnings():  # that such tensors will go one day
             warnings.simplefilter("ignore")
             q = torch._make_per_channel_quantized_tensor(self.weight, self.scale.double(),
                                                          torch.zeros_like(self.scale, dtype=torch.long), 0)
-            return torch.ops.quantized.linear_prepack(q, None)
+            packed = torch.ops.quantized.linear_prepack(q, None)  # the weights once more, in the kernel's order
+        return lambda x: torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(x, 1 / 63, 64, packed)
 
     def __getstate__(self):  # a copy packs for itself
-        return {name: value for name, value in self.__dict__.items() if name != "packed"}
+        return {name: value for name, value in self.__dict__.items() if name != "whole"}
 
     def _apply(self, fn, recurse=True):
         scale = self.scale
         super()._apply(fn, recurse)
         self.scale = scale.to(self.weight.device)
-        self.__dict__.pop("packed", None)
+        self.__dict__.pop("whole", None)
         return self
 
     def _load_from_state_dict(self, *args):
         super()._load_from_state_dict(*args)
-        self.__dict__.pop("packed", None)
+        self.__dict__.pop("whole", None)
 
 
 def quantize(model):

@@ -1163,6 +1163,25 @@ def weights_stay_frozen_when_they_change():
 
 
 @mutant
+def code_serves_shapes_that_it_was_not_written_for():
+    from further import exported
+
+    @around(exported.Exported, "compile")
+    def compile(original, self, *args):
+        code = original(self, *args)
+        n, _, code = self.codes[-1]
+        self.codes[-1] = n, lambda tensors: True, code
+        return code
+
+
+@mutant
+def code_of_modules_stays_when_they_change():
+    compiled = compiled_module()
+    compiled.steps = lambda model: compiled.keep(model, tuple(x.data_ptr() for x in model.parameters()) + tuple(
+        x._version for x in model.parameters()))
+
+
+@mutant
 def compiled_samples_share_one_row_of_the_cache():
     compiled = compiled_module()
 

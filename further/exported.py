@@ -1,0 +1,70 @@
+"""
+A decode step as a graph of tensors, and code of it that looks at nothing else: how a CPU's step is compiled.
+
+    python bench.py decode --random configs/gpt-shakespeare-cpu.toml --prompt-tokens 16 --max-new-tokens 48 --compile
+
+torch.compile stays with the model: before every call it looks whether the modules are still what they were when it
+traced them, and Python carries tensors in and out. A step of a large model hides that; of one of 4 x 128, 0.47 ms, it
+is a third. torch.export runs the model once, on tensors that have shapes and no numbers, and writes down which
+operations they met; lengths are symbols. That graph is compiled by itself and knows neither modules nor caches. So what
+torch.compile would have looked at for every token is looked at once for a decoding: whether the model is the one that
+was traced (compiled.steps), and whether shapes are such as the graph was written for, which it tells.
+"""
+
+from copy import copy
+from functools import partial
+
+import torch
+from torch.export import Dim
+from torch.fx.graph import CodeGen
+from torch.utils._pytree import tree_leaves, tree_map
+
+
+class OfTensors(torch.nn.Module):
+    """A step of a model from tensors alone. All else that a cache is stays as it is here."""
+
+    def __init__(self, step, model, cache):
+        super().__init__()
+        self.step, self.model, self.cache = step, model, cache
+
+    def forward(self, ids, at, k, v, places, memory):
+        cache = copy(self.cache)
+        cache.k, cache.v, cache.places = list(k), list(v), places
+        return self.step(self.model, self.model.lm_head, ids, at, cache, memory)
+
+
+class Exported:
+    """What has been compiled of step(model, head, ids, at, cache, memory) -> a tensor, which may write into these."""
+
+    def __init__(self, step, model):
+        self.step, self.model, self.codes = step, model, []
+
+    def __call__(self, ids, at, cache, memory, sized):
+        """
+        The step from these, which must stay where they are, as a function of nothing. sized: which tensors may have
+        another length next time, and in which dimension. Compiles where no code of before serves these shapes.
+        """
+        args = ids, at, cache.k, cache.v, cache.places, memory
+        tensors = [x for x in tree_leaves(args) if x is not None]
+        serves = (code for n, holds, code in self.codes if n == len(tensors) and holds(tensors))
+        code = next(serves, None) or self.compile(cache, args, {id(x): axis for x, axis in sized})
+        return lambda: code(*tensors)[0]
+
+    def compile(self, cache, args, axes):
+        lengths = tree_map(lambda x: {axes[id(x)]: Dim.AUTO} if id(x) in axes else None, args)
+        with torch.inference_mode(False), torch.no_grad():  # what is traced in that mode cannot be compiled
+            program = torch.export.export(OfTensors(self.step, self.model, cache), args, dynamic_shapes=lengths,
+                                          strict=False)
+        module = program.module(check_guards=False)
+        graph = module.graph
+        graph.set_codegen(CodeGen())  # tensors one after the other, not in the containers of args
+        for node in graph.find_nodes(op="placeholder"):
+            if node.meta["val"] is None:
+                graph.erase_node(node)
+        module.recompile()
+        inputs = [node.meta["val"] for node in graph.find_nodes(op="placeholder")]
+        symbols = inputs[0].fake_mode.shape_env
+        guards = symbols.produce_guards_expression(inputs, ignore_static=False)
+        code = torch._inductor.compile(module, inputs)
+        self.codes.append((len(inputs), partial(symbols.evaluate_guards_expression, guards), code))
+        return code
