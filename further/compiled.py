@@ -167,11 +167,11 @@ def compiler_options(device):
 class Buffers:
     """
     What a decoding of B rows holds while it runs, always at the same addresses: ids and `at`, see above, a cache, and
-    the memory, laid out for reading. made: the model's Steps; choose: a Chooser, where the step chooses ids.
+    the memory, laid out for reading. made: the model's Steps.
     """
 
-    def __init__(self, model, made, B, length, memory, choose=None):
-        device = model.wte.weight.device
+    def __init__(self, model, made, B, length, memory):
+        self.made, self.once, self.kernels, device = made, None, None, model.wte.weight.device
         self.ids = torch.zeros(B, length + 1, dtype=torch.long, device=device)
         self.at = torch.zeros(B, 1, dtype=torch.long, device=device)
         self.finite = torch.ones(B, dtype=torch.bool, device=device)
@@ -179,33 +179,35 @@ class Buffers:
         if memory is not None:
             kv = [tuple(x.contiguous() for x in pair) for pair in memory.kv]  # nobody else has them
             self.memory = Memory(kv, memory.key_pos.clone())
+
+    def record(self, model, choose=None):
+        """Run a step on nobody's text, and record it on a GPU. choose: a Chooser, where the step chooses ids."""
+        B, width = self.ids.shape
         advance(model, [[0]] * B, self.cache, self.memory)  # so that the cache has its buffers
         for x, axis in self.sized():
             torch._dynamo.maybe_mark_dynamic(x, axis)
         args, kind = (self.ids, self.at, self.cache, self.memory), kind_of(B)
         n_vocab = choose and choose.choice.n_vocab or model.config.vocab_size
-        self.draws = Draws(choose, B, length, device) if choose and choose.choice.temperature else None
-        self.kernels = None
+        self.draws = Draws(choose, B, width - 1, self.ids.device) if choose and choose.choice.temperature else None
         if choose and kind.fits(model, self.ids, self.cache, self.memory):  # up to 64 rows on a GPU
             step = self.kernels = kind(model, *args, n_vocab, scored=self.draws is not None)
             self.finite = self.kernels.finite
         elif choose and not self.draws:
-            step = partial(made.greedy, *args, self.finite, n_vocab)
-        elif device.type == "cpu":
-            with made.compiling():
-                step = made.exported(*args, self.sized())
+            step = partial(self.made.greedy, *args, self.finite, n_vocab)
         else:
-            step = partial(made.logits, *args)
-        drawn = lambda: self.draws(step()[:, :n_vocab], self.ids, self.at, self.finite)
-        self.once = drawn if self.draws else step
-        with made.compiling():
-            self.once()  # on nobody's text
-        if device.type == "cuda":
+            step = partial(self.made.logits, *args)
+        self.once = (lambda: self.draws(step()[:, :n_vocab], self.ids, self.at, self.finite)) if self.draws else step
+        with self.made.compiling():
+            self.once()
+        if self.ids.is_cuda:
             self.once = captured(self.once)
 
     def step(self, rows):
         """The logits (B, V) of what follows these texts."""
         self.enter(rows)
+        if self.once is None:  # on a CPU there is nothing to be recorded
+            with self.made.compiling():
+                self.once = self.made.exported(self.ids, self.at, self.cache, self.memory, self.sized())
         return self.once()
 
     def run(self, times):
@@ -241,10 +243,10 @@ class Buffers:
     def prefill(self, model, rows, n):
         """
         Prompts enter, n neighbours as one: they do not differ yet. The logits (B, V) of what follows; None where each
-        is one id, as a BART's: that is the newest, which the step takes.
+        is one id, as a BART's, and a step has been recorded: that is the newest, which the step takes.
         """
         self.finite.fill_(True)
-        if max(map(len, rows)) == 1:
+        if self.once and max(map(len, rows)) == 1:
             return self.cache.clear(range(len(rows)))
         self.cache.rewind(0)
         self.cache.reorder(list(range(len(rows) // n)))
@@ -306,8 +308,9 @@ class Decoding:
             self.buffers = idle.pop()
             self.buffers.read(self.memory)
         else:
-            self.buffers = Buffers(self.model, self.steps, B, self.room, self.memory,
-                                   self.choose if self.inside else None)
+            self.buffers = Buffers(self.model, self.steps, B, self.room, self.memory)
+            if self.inside or self.buffers.ids.device.type != "cpu":
+                self.buffers.record(self.model, self.choose if self.inside else None)
         if self.buffers.ids.is_cuda:  # elsewhere nothing depends on where they are
             weakref.finalize(self, idle.append, self.buffers)
 

@@ -233,12 +233,15 @@ def test_a_memory_with_room_is_the_memory():
         assert (model.features(ids, room) - model.features(ids, memory)).abs().max() <= 1e-10
 
 
-def test_buffers_serve_another_request(no_code):
+@pytest.mark.parametrize("recorded", [True, False])
+def test_buffers_serve_another_request(recorded, no_code):
     """As on a GPU, where they are recorded: nothing is left of the sources and texts before."""
     model, first, second = made("bart"), prompts_of(6, 3), prompts_of(5, 6)
     memories = [project(model, *encode(model, sources)) for sources in (first, second)]
     with torch.inference_mode():
         buffers = module.Buffers(model, module.steps(model), 2, 20, memories[0])
+        if recorded:
+            buffers.record(model)
         for memory in memories:
             buffers.read(memory)
             rows, cache = [[2, 5], [2, 7]], model.new_cache(2, 20)
