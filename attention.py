@@ -83,9 +83,8 @@ class SelfAttention(Attention):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
     def qkv(self, x):
-        H, KV, D = self.n_head, self.n_kv_head, self.head_dim
-        q, k, v = self.c_attn(x).split([H * D, KV * D, KV * D], dim=-1)
-        return self.heads(q), self.heads(k), self.heads(v)  # (B, H, T, D), (B, KV, T, D), (B, KV, T, D)
+        each = [self.n_head, self.n_kv_head, self.n_kv_head]
+        return self.heads(self.c_attn(x)).split(each, dim=1)  # (B, H, T, D), (B, KV, T, D), (B, KV, T, D)
 
     def forward(self, x, pos, key_pos):
         """x: (B, T, C) at positions pos (T,) -> (B, T, C). key_pos: the same, or (B, T) where rows are padded."""
@@ -160,7 +159,7 @@ class CrossAttention(Attention):
 
     def project(self, encoded):
         """(B, N, C) -> keys and values, (B, KV, N, D) each."""
-        k, v = map(self.heads, self.c_kv(encoded).chunk(2, dim=-1))
+        k, v = self.heads(self.c_kv(encoded)).chunk(2, dim=1)
         if k.is_cuda:  # whose heads are read all at once, wherever they lie
             return k, v
         return k.contiguous(), v.contiguous()  # elsewhere one by one, by every step: what lies together comes sooner
@@ -226,7 +225,7 @@ class Dropout(nn.Dropout):
         return self.p if self.training and torch.is_grad_enabled() else 0.0
 
     def forward(self, x):
-        return F.dropout(x, self.rate)
+        return F.dropout(x, self.rate) if self.rate else x
 
 
 class Everything(Dropout):

@@ -63,10 +63,12 @@ def advance(model, rows, cache=None, memory=None, last=1):
     idx = pad(new, model.wte.weight.device)  # (B, T)
     source = {} if memory is None else {"memory": memory}
     x = model.features(idx, cache=cache, start_pos=stored if cache else 0, **source)  # (B, T, C)
-    if cache and len(set(map(len, new))) > 1:  # padding was stored as well: it is forgotten
-        cache.rewind([len(row) for row in rows])
-    ends = torch.tensor([range(len(ids) - last, len(ids)) for ids in new], device=idx.device)  # (B, last)
-    return model.lm_head(x[torch.arange(len(rows), device=idx.device)[:, None], ends])
+    if len(set(map(len, new))) > 1:  # padding stands behind the end of some
+        ends = torch.tensor([range(len(ids) - last, len(ids)) for ids in new], device=idx.device)  # (B, last)
+        x = x[torch.arange(len(rows), device=idx.device)[:, None], ends]
+        if cache:  # it was stored as well: it is forgotten
+            cache.rewind([len(row) for row in rows])
+    return model.lm_head(x[:, x.size(1) - last :])
 
 
 @torch.inference_mode()

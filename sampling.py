@@ -107,8 +107,8 @@ FILTERS = {  # top_k needs none: it is K, how many are put in order at all, whic
 
 
 def check_finite(finite):
-    """Raise NonFiniteError unless in all rows (B,) the best score was a finite number."""
-    if not finite.all():
+    """Raise NonFiniteError unless in all rows, a bool of each, the best score was a finite number."""
+    if not all(finite):
         raise NonFiniteError("no token can be chosen from these logits: the weights are damaged, their dtype "
                              "overflows, or the rules forbid every token")
 
@@ -156,7 +156,7 @@ class Chooser:
             for rule, value in self.rules:
                 rule(scores, value, texts)
         scores = scores[:, :V][:, : self.choice.n_vocab]
-        check_finite(scores.amax(-1).isfinite())
+        check_finite(map(math.isfinite, scores.amax(-1).tolist()))
         return scores
 
     def texts(self, rows, which, V):

@@ -335,7 +335,7 @@ class Decoding:
         times, found, finite, there = self.running
         self.launch(left - times)
         there()
-        check_finite(finite[which])
+        check_finite(finite[which].tolist())
         return [ids[: self.room + 1 - len(row)] for row, ids in zip(rows, found[which].tolist())]
 
     def launch(self, left):
