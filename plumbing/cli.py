@@ -13,6 +13,7 @@ from plumbing.errors import REAL, WHOLE, Parser, UserError, naming
 from plumbing.examples import Examples
 from plumbing.files import decode, read_text
 from plumbing.models import random_model
+from plumbing.products import fastest
 from plumbing.prompts import read_prompts
 from plumbing.tokenizers import Stops, StreamDecoder, Tokenizer, load_tokenizer
 from plumbing.utils import DTYPES, pick_device, set_seed
@@ -267,16 +268,17 @@ def load(args):
     device, dtype = pick_device(args.device), DTYPES.get(args.dtype)
     if args.random is not None:
         set_seed(args.seed or 0)
-        return quantized(args, random_model(args.random, dtype or torch.float32, device, args.overrides)), None, {}
+        return prepared(args, random_model(args.random, dtype or torch.float32, device, args.overrides)), None, {}
     directory = locate(args.model)
     tokenizer, model = load_tokenizer(directory), load_model(directory, dtype, device)
     if tokenizer is None:
         raise UserError(f"{args.model} has no tokenizer: put its vocab.json and merges.txt (or tokenizer.json) there")
-    return quantized(args, model), tokenizer, load_generation_config(directory)
+    return prepared(args, model), tokenizer, load_generation_config(directory)
 
 
-def quantized(args, model):
-    return import_module("further.quantize").quantize(model) if args.quantize else model
+def prepared(args, model):
+    """A model whose linears hold what is asked for, and multiply as is fastest on this machine."""
+    return fastest(import_module("further.quantize").quantize(model) if args.quantize else model)
 
 
 def load_draft(args, model, tokenizer):

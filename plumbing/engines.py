@@ -33,7 +33,7 @@ GGUF = {"int8": ("Q8_0", 34 / 32), "float16": ("F16", 2), "bfloat16": ("BF16", 2
 def ours(job):
     """This project, as the arguments in job["args"] ask for it."""
     args = Namespace(**job["args"])
-    model = cli.quantized(args, load_model(Path(job["directory"]), DTYPES.get(args.dtype), pick_device(args.device)))
+    model = cli.prepared(args, load_model(Path(job["directory"]), DTYPES.get(args.dtype), pick_device(args.device)))
     request = cli.ask(args, model, None if args.random else load_tokenizer(locate(args.model)), {})
     weight, kept = model.lm_head.weight, model.wte.weight  # the weights of linears may be whole numbers
 

@@ -28,7 +28,7 @@ TESTS = ["tests/test_attention.py", "tests/test_schedules.py", "tests/test_model
          "tests/test_sampling.py", "tests/test_concat.py", "tests/test_sparse.py", "tests/test_gqa.py",
          "tests/test_quality.py", "tests/test_samples.py", "tests/test_session.py", "tests/test_serve.py",
          "tests/test_beam.py", "tests/test_speculate.py", "tests/test_quantize.py", "tests/test_compiled.py",
-         "tests/test_ranks.py"]
+         "tests/test_products.py", "tests/test_ranks.py"]
 MUTANTS = {}
 
 
@@ -1228,6 +1228,23 @@ def a_run_that_is_asked_for_ahead_begins_at_texts_of_before():
     def launch(original, self, left):
         self.buffers.enter(self.held)
         original(self, left)
+
+
+# -----------------------------------------------------------------------------
+# Products by another kernel
+
+
+@mutant
+def a_product_of_another_kernel_forgets_the_bias():
+    from plumbing import products
+    replace(products.torch.ops.mkldnn, "_linear_pointwise",
+            lambda original: lambda x, weight, bias, *more: original(x, weight, None, *more))
+
+
+@mutant
+def products_without_a_gradient_are_taken_where_one_is_recorded():
+    from plumbing import products
+    products.plainly = lambda: False
 
 
 # -----------------------------------------------------------------------------

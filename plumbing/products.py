@@ -1,0 +1,78 @@
+"""
+A linear's product by the kernel that is fastest on this processor: the same weights, the same sums.
+
+nn.Linear leaves the choice to PyTorch, which has fp32 multiplied by MKL. That is made for Intel's processors: there one
+row of input takes the time to read the weights. On two cores of an AMD EPYC it takes twice as long, eight rows seven
+times; oneDNN, which PyTorch has as well, takes 1.3 and 2.7 times as long. And where a processor has no instructions for
+numbers of 16 bits, PyTorch multiplies them one by one. One row gains, since half the bytes are read; from some rows on
+it is five times faster to make fp32 of the weights before each product. RESULTS.md has the measurements.
+
+Who generates from the command line on a CPU gets a model of such linears. They do nothing else where gradients are
+recorded, or where a compiler looks on, which has kernels of its own.
+"""
+
+import platform
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+from plumbing.machine import proc
+
+LARGE = 2**18  # numbers in a weight: for less, oneDNN's product takes 30 us longer to begin than is gained
+MANY = 16      # rows: fewer are multiplied by numbers of 16 bits as they are
+
+
+class ByOneDNN(nn.Linear):
+    """In fp32: a large weight by oneDNN."""
+
+    def forward(self, x):
+        if plainly() or self.weight.numel() < LARGE:
+            return super().forward(x)
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+
+class Widened(nn.Linear):
+    """In bfloat16 or float16: many rows in fp32, whose result is rounded."""
+
+    def forward(self, x):
+        if plainly() or x.numel() < MANY * x.size(-1):
+            return super().forward(x)
+        return F.linear(*(y if y is None else y.float() for y in (x, self.weight, self.bias))).to(x.dtype)
+
+
+def plainly():
+    return torch.is_grad_enabled() or torch.compiler.is_compiling()
+
+
+def maker():
+    """Who made this processor, as it says itself, or nothing."""
+    try:
+        return proc("cpuinfo", "vendor_id")
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+def kind(dtype):
+    """The class of linears of a dtype that is fastest here, or None for nn.Linear."""
+    mkldnn = torch.ops.mkldnn
+    if dtype == torch.float32 and torch.backends.mkl.is_available() and "AMD" in maker():
+        return ByOneDNN
+    if dtype == torch.bfloat16 and not mkldnn._is_mkldnn_bf16_supported():
+        return Widened
+    if dtype == torch.float16 and not mkldnn._is_mkldnn_fp16_supported():
+        return Widened
+    return None
+
+
+@torch.no_grad()
+def fastest(model):
+    """Have the linears of a model that is on a CPU multiply as is fastest there, in place; return it."""
+    linears = [module for module in model.modules() if type(module) is nn.Linear and module.weight.device.type == "cpu"]
+    if all(linear.weight.numel() < LARGE for linear in linears):
+        return model  # which spends its time on calls, not on products
+    for linear in linears:
+        if cls := kind(linear.weight.dtype):
+            linear.__class__ = cls
+            linear.weight.data = linear.weight.contiguous()
+    return model
