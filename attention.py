@@ -83,8 +83,9 @@ class SelfAttention(Attention):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
     def qkv(self, x):
-        each = [self.n_head, self.n_kv_head, self.n_kv_head]
-        return self.heads(self.c_attn(x)).split(each, dim=1)  # (B, H, T, D), (B, KV, T, D), (B, KV, T, D)
+        heads = self.c_attn(x).unflatten(-1, (-1, self.head_dim))  # (B, T, H + 2 KV, D)
+        q, k, v = heads.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=2)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D), (B, KV, T, D), (B, KV, T, D)
 
     def forward(self, x, pos, key_pos):
         """x: (B, T, C) at positions pos (T,) -> (B, T, C). key_pos: the same, or (B, T) where rows are padded."""
@@ -159,7 +160,7 @@ class CrossAttention(Attention):
 
     def project(self, encoded):
         """(B, N, C) -> keys and values, (B, KV, N, D) each."""
-        k, v = self.heads(self.c_kv(encoded)).chunk(2, dim=1)
+        k, v = map(self.heads, self.c_kv(encoded).chunk(2, dim=-1))
         if k.is_cuda:  # whose heads are read all at once, wherever they lie
             return k, v
         return k.contiguous(), v.contiguous()  # elsewhere one by one, by every step: what lies together comes sooner

@@ -294,7 +294,7 @@ def load_draft(args, model, tokenizer):
     if None in (theirs, tokenizer) or (theirs.tokens, theirs.specials) != (tokenizer.tokens, tokenizer.specials):
         raise UserError(f"--speculate {args.speculate!r:.150} does not have the tokenizer of --model {args.model}: "
                         f"choose a draft that was trained with the same one, or lookup")
-    return load_model(directory, DTYPES.get(args.dtype), pick_device(args.device))
+    return fastest(load_model(directory, DTYPES.get(args.dtype), pick_device(args.device)))
 
 
 def read_prompt(args, model, tokenizer):

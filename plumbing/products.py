@@ -2,10 +2,10 @@
 A linear's product by the kernel that is fastest on this processor: the same weights, the same sums.
 
 nn.Linear leaves the choice to PyTorch, which has fp32 multiplied by MKL. That is made for Intel's processors: there one
-row of input takes the time to read the weights. On two cores of an AMD EPYC it takes twice as long, eight rows seven
-times; oneDNN, which PyTorch has as well, takes 1.3 and 2.7 times as long. And where a processor has no instructions for
-numbers of 16 bits, PyTorch multiplies them one by one. One row gains, since half the bytes are read; from some rows on
-it is five times faster to make fp32 of the weights before each product. RESULTS.md has the measurements.
+row of input takes the time to read the weights. On two cores of an AMD EPYC it takes twice as long, eight rows five
+times; oneDNN, which PyTorch has as well, takes 1.3 and 2.9 times as long. And where a processor has no instructions for
+numbers of 16 bits, PyTorch widens them one by one. One row gains, since half the bytes are read; many are up to five
+times as fast if all weights are widened first, before each product. RESULTS.md has the measurements.
 
 Who generates from the command line on a CPU gets a model of such linears. They do nothing else where gradients are
 recorded, or where a compiler looks on, which has kernels of its own.
@@ -42,6 +42,7 @@ class Widened(nn.Linear):
 
 
 def plainly():
+    """Whether a product has to be nn.Linear's own."""
     return torch.is_grad_enabled() or torch.compiler.is_compiling()
 
 
