@@ -27,7 +27,7 @@ class ByOneDNN(nn.Linear):
     """In fp32: a large weight by oneDNN."""
 
     def forward(self, x):
-        if plainly() or self.weight.numel() < LARGE:
+        if plainly(x, torch.float32) or self.weight.numel() < LARGE:
             return super().forward(x)
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
@@ -36,14 +36,14 @@ class Widened(nn.Linear):
     """In bfloat16 or float16: many rows in fp32, whose result is rounded."""
 
     def forward(self, x):
-        if plainly() or x.numel() < MANY * x.size(-1):
+        if plainly(x, torch.bfloat16, torch.float16) or x.numel() < MANY * x.size(-1):
             return super().forward(x)
         return F.linear(*(y if y is None else y.float() for y in (x, self.weight, self.bias))).to(x.dtype)
 
 
-def plainly():
-    """Whether a product has to be nn.Linear's own."""
-    return torch.is_grad_enabled() or torch.compiler.is_compiling()
+def plainly(x, *dtypes):
+    """Whether a product has to be nn.Linear's own: always where x is of no such dtype, as in a copy in fp64."""
+    return x.dtype not in dtypes or torch.is_grad_enabled() or torch.compiler.is_compiling()
 
 
 def maker():

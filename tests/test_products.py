@@ -110,6 +110,16 @@ def test_what_is_widened_learns_as_before(dtype):
     assert torch.equal(other.weight.grad, plain.weight.grad) and torch.equal(other(x), plain(x))
 
 
+@torch.inference_mode()
+@pytest.mark.parametrize("cls, dtype", [(ByOneDNN, torch.float32), (Widened, torch.bfloat16)])
+def test_a_copy_of_another_dtype_multiplies_as_any_other(cls, dtype):
+    """As compare()'s in fp64, which is to tell rounding from a bug."""
+    plain, other = pair(cls, 512, 512, dtype)
+    for more in {torch.float64, torch.bfloat16, torch.float32} - {dtype}:
+        x = torch.randn(20, 512, dtype=more)
+        assert torch.equal(copy.deepcopy(other).to(more)(x), copy.deepcopy(plain).to(more)(x))
+
+
 @pytest.mark.parametrize("maker, supported, kinds", [
     ("AuthenticAMD", True, [ByOneDNN, None, None]), ("AMD64 Family 25 Model 33 Stepping 2, AuthenticAMD", True, [ByOneDNN, None, None]),
     ("GenuineIntel", True, [None, None, None]), ("GenuineIntel", False, [None, Widened, Widened]), ("", True, [None, None, None])])
