@@ -85,13 +85,13 @@ def test_logits_are_those_of_the_plain_step_and_there_is_one_graph(kind, pattern
     assert sorted(n for _, n in graphs) == ([0, 1, 1] if kind == "bart" else [0, 1])
 
 
-@pytest.mark.parametrize("pattern", ["full", "sinks:2,5", "strided:4", "fixed:6,2", "block:4", "column:4", "columns:6,2",
-                                     "topk:4,2"])
-@pytest.mark.parametrize("kind", ["gpt", "bart"])
+@pytest.mark.parametrize("kind, pattern", [("gpt", pattern) for pattern in (
+    "full", "sinks:2,5", "strided:4", "fixed:6,2", "block:4", "column:4", "columns:6,2", "topk:4,2")] + [
+    ("bart", "full"), ("bart", "sinks:2,5"), ("bart", "fixed:6,2")])
 def test_a_graph_serves_only_the_shapes_that_it_was_written_for(kind, pattern, no_code):
     """Some patterns compute something else where there are few positions, or keep as many as a text has."""
     model = made(kind, pattern=pattern)
-    for lengths, n in ((1,), 1), ((1, 1), 1), ((4, 9), 20), ((5, 2), 12), ((7, 7), 9), ((1, 1), 30), ((30, 2), 12):
+    for lengths, n in ((1,), 1), ((1, 1), 1), ((4, 9), 20), ((7, 7), 9), ((1, 1), 30), ((30, 2), 12):
         prompts = prompts_of(*lengths)
         expected = decoded(model, program.cached, prompts, n)
         found = decoded(model, compiled, prompts, n)
