@@ -4,7 +4,7 @@ The same decode step, compiled: fewer calls, fewer trips to memory, and on a GPU
     python generate.py --model gpt2 --prompt "The if statement" --compile
     python bench.py compare --random gpt2 --prompt-tokens 32 --strategies cached,further.compiled:compiled
 
-A plain step asks PyTorch for some two hundred operations, one after the other. But nothing about it ever changes: its
+A plain step asks PyTorch for some three hundred operations, one after the other. But nothing about it ever changes: its
 shapes are those of one token, and where that token stands can be a tensor, whose value only the device reads. So one
 graph is the step of all requests and lengths. On a CPU it is a graph of tensors (exported.py), of which C++ is made:
 products that have been tried out on this machine, weights laid out for them once ("frozen"), and what lies between

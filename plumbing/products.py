@@ -57,6 +57,8 @@ def maker():
 def kind(dtype):
     """The class of linears of a dtype that is fastest here, or None for nn.Linear."""
     mkldnn = torch.ops.mkldnn
+    if not torch.backends.mkldnn.is_available():  # as on a Mac: nothing of this has been measured there
+        return None
     if dtype == torch.float32 and torch.backends.mkl.is_available() and "AMD" in maker():
         return ByOneDNN
     if dtype == torch.bfloat16 and not mkldnn._is_mkldnn_bf16_supported():
@@ -72,8 +74,9 @@ def fastest(model):
     linears = [module for module in model.modules() if type(module) is nn.Linear and module.weight.device.type == "cpu"]
     if all(linear.weight.numel() < LARGE for linear in linears):
         return model  # which spends its time on calls, not on products
+    kinds = {dtype: kind(dtype) for dtype in {linear.weight.dtype for linear in linears}}
     for linear in linears:
-        if cls := kind(linear.weight.dtype):
+        if cls := kinds[linear.weight.dtype]:
             linear.__class__ = cls
             linear.weight.data = linear.weight.contiguous()
     return model

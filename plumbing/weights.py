@@ -450,7 +450,7 @@ def load_model(directory, dtype=None, device="cpu"):
     The model of a directory, as load_pretrained() has it.
 
     On the CPU, GPT-2's transposed matrices stay as they are stored, as views, in fp32: nothing is copied, and a decoded
-    token's matrix-vector products are up to 1.6 times as fast (MKL, measured). In 16 bits they would be 20 times slower
+    token's matrix-vector products are up to 1.6 times as fast (MKL, measured). In 16 bits they would be 15 times slower
     on a processor that has no instructions for such numbers.
     """
     fmt, own, config = read_config(directory)
