@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from plumbing.machine import proc
 
 LARGE = 2**18  # numbers in a weight: for less, oneDNN's product takes 30 us longer to begin than is gained
-MANY = 16      # rows: fewer are multiplied by numbers of 16 bits as they are
+MANY = 12      # rows: fewer are multiplied by numbers of 16 bits as they are
 
 
 class ByOneDNN(nn.Linear):
