@@ -83,9 +83,9 @@ class SelfAttention(Attention):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
     def qkv(self, x):
-        heads = self.c_attn(x).unflatten(-1, (-1, self.head_dim))  # (B, T, H + 2 KV, D)
-        q, k, v = heads.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=2)
-        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D), (B, KV, T, D), (B, KV, T, D)
+        H, KV, D = self.n_head, self.n_kv_head, self.head_dim
+        q, k, v = self.c_attn(x).split([H * D, KV * D, KV * D], dim=-1)
+        return self.heads(q), self.heads(k), self.heads(v)  # (B, H, T, D), (B, KV, T, D), (B, KV, T, D)
 
     def forward(self, x, pos, key_pos):
         """x: (B, T, C) at positions pos (T,) -> (B, T, C). key_pos: the same, or (B, T) where rows are padded."""

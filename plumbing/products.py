@@ -56,14 +56,13 @@ def maker():
 
 def kind(dtype):
     """The class of linears of a dtype that is fastest here, or None for nn.Linear."""
-    mkldnn = torch.ops.mkldnn
-    if not torch.backends.mkldnn.is_available():  # as on a Mac: nothing of this has been measured there
+    if not torch.backends.mkldnn.is_available():  # nothing of this has been measured without it
         return None
     if dtype == torch.float32 and torch.backends.mkl.is_available() and "AMD" in maker():
         return ByOneDNN
-    if dtype == torch.bfloat16 and not mkldnn._is_mkldnn_bf16_supported():
+    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return Widened
-    if dtype == torch.float16 and not mkldnn._is_mkldnn_fp16_supported():
+    if dtype == torch.float16 and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
         return Widened
     return None
 
