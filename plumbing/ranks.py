@@ -24,6 +24,7 @@ from plumbing.errors import UserError
 from plumbing.utils import pick_device
 
 PATIENCE = 10  # seconds: torchrun ends all ranks within a few once one of them has gone, by force after 30
+speaking = threading.Lock()  # whose thread says why this process ends: the other must not end it before that is said
 
 
 def world():
@@ -63,6 +64,7 @@ def joined():
             leave(store)
         if rank():
             time.sleep(PATIENCE)
+        speaking.acquire()
         store.add("said", 1)
         raise
     dist.destroy_process_group()  # not after an error: others would find us gone before we have said why
@@ -88,8 +90,9 @@ def listen(store, n):
 
     def end(signum, frame):
         """What SIGTERM does as long as nothing else is to be done: an end as by Ctrl-C, if no rank has gone."""
-        watcher.join()
-        raise KeyboardInterrupt
+        if not speaking.locked():  # else this end is near anyhow
+            watcher.join()
+            raise KeyboardInterrupt
 
     heard, signals = os.pipe()
     os.set_blocking(signals, False)
@@ -101,6 +104,7 @@ def listen(store, n):
 
 def leave(store):
     """End this process, because another rank has gone, at once: NCCL waits for it even then. Say so, if nobody has."""
+    speaking.acquire()
     if store.add("said", 1) == 1:  # and end the line of what rank 0 was writing, as a bar
         print("\nerror: another rank has gone, see torchrun's report: --train.resume=true continues from the last "
               "checkpoint", file=sys.__stderr__)

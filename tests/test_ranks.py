@@ -32,13 +32,14 @@ STEADY = ["--train.log_every=1", "--train.eval_every=2", "--train.accumulation=2
           "--train.min_lr=1e-3", "--train.warmup_steps=0", "--train.grad_clip=0.1"]
 SHARD = "--train.shard=true"
 PROGRAM = MUTANTS + """
-import json, signal, sys
+import json, signal, sys, time
 from contextlib import nullcontext
 import torch
 import train
 from plumbing import checkpoints, ranks
 
 update, rank, calls = train.update, int(os.environ["RANK"]), []
+ranks.print = lambda *args, **kwargs: (time.sleep(1), print(*args, **kwargs))  # another thread must not end us meanwhile
 
 def patched(model, optimizers, batches, config, *args):
     calls.append(1)
