@@ -3,7 +3,8 @@ A linear's product by the kernel that is fastest on this processor: the same wei
 
 nn.Linear leaves the choice to PyTorch, which has fp32 multiplied by MKL. That is made for Intel's processors: there one
 row of input takes the time to read the weights. On two cores of an AMD EPYC it takes twice as long, eight rows five
-times; oneDNN, which PyTorch has as well, takes 1.3 and 2.9 times as long. And where a processor has no instructions for
+times, for MKL's threads get in each other's way in one thin product. A weight cut into eight gives eight products,
+which they share out: 1.1 and 2.3 times as long. Many rows are faster by oneDNN, which PyTorch has as well. And where a processor has no instructions for
 numbers of 16 bits, PyTorch widens them one by one. One row gains, since half the bytes are read; many are up to five
 times as fast if all weights are widened first, before each product. RESULTS.md has the measurements.
 
@@ -12,6 +13,7 @@ recorded, or where a compiler looks on, which has kernels of its own.
 """
 
 import platform
+from functools import cache
 
 import torch
 import torch.nn as nn
@@ -19,17 +21,32 @@ from torch.nn import functional as F
 
 from plumbing.machine import proc
 
-LARGE = 2**18  # numbers in a weight: for less, oneDNN's product takes 30 us longer to begin than is gained
+LARGE = 2**17  # numbers in a weight: smaller ones gain less than the calls cost
+FEW = 64       # rows: more are multiplied by oneDNN
 MANY = 12      # rows: fewer are multiplied by numbers of 16 bits as they are
 
 
-class ByOneDNN(nn.Linear):
-    """In fp32: a large weight by oneDNN."""
+@cache
+def parts(n):
+    """Into how many parts of the same size n rows of a weight are cut: 8, or the next number that divides n, or 1."""
+    return next(k for k in (*range(8, 64), 1) if n % k == 0)
+
+
+class Cut(nn.Linear):
+    """In fp32: few rows by a large weight in parts, many by oneDNN."""
 
     def forward(self, x):
         if plainly(x, torch.float32) or self.weight.numel() < LARGE:
             return super().forward(x)
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        rows, n = x.reshape(-1, self.in_features), parts(self.out_features)
+        if n == 1 or len(rows) > FEW:
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        rows, weight = rows.expand(n, -1, -1), self.weight.reshape(n, -1, self.in_features).mT
+        if self.bias is None:
+            y = torch.bmm(rows, weight)  # (n, rows, out / n)
+        else:
+            y = torch.baddbmm(self.bias.view(n, 1, -1), rows, weight)
+        return y.transpose(0, 1).reshape(*x.shape[:-1], self.out_features)
 
 
 class Widened(nn.Linear):
@@ -59,7 +76,7 @@ def kind(dtype):
     if not torch.backends.mkldnn.is_available():  # nothing of this has been measured without it
         return None
     if dtype == torch.float32 and torch.backends.mkl.is_available() and "AMD" in maker():
-        return ByOneDNN
+        return Cut
     if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return Widened
     if dtype == torch.float16 and not torch.ops.mkldnn._is_mkldnn_fp16_supported():

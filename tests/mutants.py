@@ -1242,6 +1242,16 @@ def a_product_of_another_kernel_forgets_the_bias():
 
 
 @mutant
+def the_parts_of_a_product_lie_one_behind_the_other():
+    from plumbing import products
+
+    @around(products.Cut, "forward")
+    def forward(original, self, x):
+        y, n = original(self, x), products.parts(self.out_features)
+        return y if products.plainly(x, torch.float32) else y.unflatten(-1, (n, -1)).transpose(0, -2).reshape(y.shape)
+
+
+@mutant
 def products_without_a_gradient_are_taken_where_one_is_recorded():
     from plumbing import products
     products.plainly = lambda x, *dtypes: x.dtype not in dtypes

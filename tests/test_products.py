@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from generate import generate
 from model import BART, GPT, BARTConfig, GPTConfig
 from plumbing import cli, products
-from plumbing.products import ByOneDNN, Widened, fastest
+from plumbing.products import Cut, Widened, fastest
 from plumbing.weights import load_model, save_pretrained
 from test_model import rough
 
@@ -32,10 +32,12 @@ class Calls(TorchDispatchMode):
         return function(*args, **kwargs or {})
 
 
-def by_onednn(function):
+def asked(function):
+    """What it returns, and which kernels of products that are not nn.Linear's it has asked for, in a word."""
     with Calls() as calls:
         found = function()
-    return found, sum("mkldnn" in name for name in calls.names)
+    return found, "".join({"aten.bmm.default": "p", "aten.baddbmm.default": "P", "mkldnn._linear_pointwise.default": "o"}
+                          .get(name, "") for name in calls.names)
 
 
 def pair(cls, n_in, n_out, dtype=torch.float32, bias=True, view=False):
@@ -51,7 +53,7 @@ def pair(cls, n_in, n_out, dtype=torch.float32, bias=True, view=False):
 
 def inputs(n_in, dtype=torch.float32):
     """Of one row and many, of two and three axes, whole and as what is left of something longer."""
-    for shape in (1, 1), (1, 1, 1), (3, 1, 1), (40, 1), (2, 17, 1), (4, 16, 1):
+    for shape in (1, 1), (1, 1, 1), (3, 1, 1), (40, 1), (2, 17, 1), (4, 16, 1), (5, 13, 1):
         x = torch.randn(*shape[:-1], n_in).to(dtype)
         yield x
         if x.dim() == 3:
@@ -62,28 +64,32 @@ def inputs(n_in, dtype=torch.float32):
 @torch.inference_mode()
 @pytest.mark.parametrize("view", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
-def test_onednn_finds_the_same_sums(bias, view):
-    plain, other = pair(ByOneDNN, 512, 512, bias=bias, view=view)
+@pytest.mark.parametrize("n_out, n", [(512, 8), (290, 10), (331, 1)])
+def test_parts_and_onednn_find_the_same_sums(n_out, n, bias, view):
+    plain, other = pair(Cut, 512, n_out, bias=bias, view=view)
+    assert products.parts(n_out) == n
     for x in inputs(512):
-        found, calls = by_onednn(lambda: other(x))
+        found, kernels = asked(lambda: other(x))
         exact = F.linear(x.double(), plain.weight.double(), plain.bias.double() if bias else None)
-        assert calls == 1 and found.shape == exact.shape and (found - exact).abs().max() <= 1e-5
+        assert found.shape == exact.shape and (found - exact).abs().max() <= 1e-5
+        few = x[..., 0].numel() <= products.FEW
+        assert kernels == ("o" if n == 1 or not few else "P" if bias else "p")
 
 
 @onednn
-def test_onednn_is_for_large_weights_and_where_nobody_looks_on():
-    _, small = pair(ByOneDNN, 512, 511)
-    plain, large = pair(ByOneDNN, 512, 512)
+def test_other_kernels_are_for_large_weights_and_where_nobody_looks_on():
+    _, small = pair(Cut, 512, 255)
+    plain, large = pair(Cut, 512, 512)
     x = torch.randn(2, 512)
     with torch.inference_mode():
-        assert by_onednn(lambda: small(x))[1] == 0
-    found, calls = by_onednn(lambda: large(x))  # gradients are recorded
-    assert calls == 0 and torch.equal(found, plain(x))
+        assert asked(lambda: small(x))[1] == ""
+    found, kernels = asked(lambda: large(x))  # gradients are recorded
+    assert kernels == "" and torch.equal(found, plain(x))
     found.square().sum().backward(), plain(x).square().sum().backward()
     assert torch.equal(large.weight.grad, plain.weight.grad)
     with torch.no_grad():
         graph = torch.export.export(large, (x,), strict=False).graph
-    assert not any("mkldnn" in str(node.target) for node in graph.nodes)
+    assert not any("mkldnn" in str(node.target) or "bmm" in str(node.target) for node in graph.nodes)
 
 
 @torch.inference_mode()
@@ -111,7 +117,7 @@ def test_what_is_widened_learns_as_before(dtype):
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("cls, dtype", [(ByOneDNN, torch.float32), (Widened, torch.bfloat16)])
+@pytest.mark.parametrize("cls, dtype", [(Cut, torch.float32), (Widened, torch.bfloat16)])
 def test_a_copy_of_another_dtype_multiplies_as_any_other(cls, dtype):
     """As compare()'s in fp64, which is to tell rounding from a bug."""
     plain, other = pair(cls, 512, 512, dtype)
@@ -122,8 +128,8 @@ def test_a_copy_of_another_dtype_multiplies_as_any_other(cls, dtype):
 
 @onednn
 @pytest.mark.parametrize("maker, supported, kinds", [
-    ("AuthenticAMD", True, [ByOneDNN, None, None]),
-    ("AMD64 Family 25 Model 33 Stepping 2, AuthenticAMD", True, [ByOneDNN, None, None]),
+    ("AuthenticAMD", True, [Cut, None, None]),
+    ("AMD64 Family 25 Model 33 Stepping 2, AuthenticAMD", True, [Cut, None, None]),
     ("GenuineIntel", True, [None, None, None]), ("GenuineIntel", False, [None, Widened, Widened]),
     ("", True, [None, None, None])])
 def test_which_is_fastest_depends_on_the_processor(maker, supported, kinds, monkeypatch):
@@ -161,7 +167,7 @@ def test_who_made_the_processor_is_asked_where_it_stands(monkeypatch):
 @pytest.mark.parametrize("cls", [GPT, BART])
 def test_models_compute_the_same_cached_and_not(cls, monkeypatch):
     monkeypatch.setattr(products, "LARGE", 0)
-    monkeypatch.setattr(products, "kind", {torch.float32: ByOneDNN}.get)
+    monkeypatch.setattr(products, "kind", {torch.float32: Cut}.get)
     torch.manual_seed(0)
     sizes = dict(n_head=4, n_embd=32, vocab_size=37, block_size=24)
     model = rough(cls(BARTConfig(n_encoder_layer=2, n_decoder_layer=2, **sizes) if cls is BART else
@@ -170,7 +176,7 @@ def test_models_compute_the_same_cached_and_not(cls, monkeypatch):
         p.data /= 3
     args = Namespace(quantize=None)
     other = cli.prepared(args, copy.deepcopy(model))
-    assert other.lm_head.weight is other.wte.weight and type(other.lm_head) is ByOneDNN
+    assert other.lm_head.weight is other.wte.weight and type(other.lm_head) is Cut
     ids = torch.randint(3, 37, (3, 12))
     with torch.inference_mode():
         if cls is GPT:
@@ -179,21 +185,21 @@ def test_models_compute_the_same_cached_and_not(cls, monkeypatch):
             passes = lambda model: model(ids, ids)
             encoded = other.encode(ids)
             step = lambda part, at: other.decode(part, encoded, None, True, at)
-        whole, calls = by_onednn(lambda: passes(other))
+        whole, kernels = asked(lambda: passes(other))
         parts = torch.cat([step(ids[:, a:b], a) for a, b in ((0, 5), (5, 6), (6, 11), (11, 12))], 1)
-        assert calls > 8 and (whole - passes(model)).abs().max() <= 1e-5 and (whole - parts).abs().max() <= 1e-5
+        assert kernels.count("P") >= 8 and (whole - passes(model)).abs().max() <= 1e-5 and (whole - parts).abs().max() <= 1e-5
     prompts = [ids[0].tolist(), ids[1, :5].tolist()]
     assert generate(other, prompts, 8) == generate(model, prompts, 8) == generate(other, prompts, 8, strategy="naive")
 
 
 def test_a_model_that_is_small_or_of_whole_numbers_stays_as_it_is(monkeypatch):
-    monkeypatch.setattr(products, "kind", lambda dtype: ByOneDNN)
+    monkeypatch.setattr(products, "kind", lambda dtype: Cut)
     model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=16, vocab_size=37, block_size=24))
     assert type(cli.prepared(Namespace(quantize=None), model).lm_head) is nn.Linear
     monkeypatch.setattr(products, "LARGE", 0)
     whole = cli.prepared(Namespace(quantize="int8"), copy.deepcopy(model))
     kinds = {type(module).__name__ for module in whole.modules()}
-    assert "Int8Linear" in kinds and not kinds & {"ByOneDNN", "Linear"}
+    assert "Int8Linear" in kinds and not kinds & {"Cut", "Linear"}
     assert type(fastest(model.to("meta")).lm_head) is nn.Linear  # as one that is elsewhere
 
 
@@ -205,7 +211,7 @@ def test_gpt2_matrices_are_views_only_where_they_are_read_fast(tmp_path, monkeyp
     for dtype in LOW:
         assert all(p.is_contiguous() for p in load_model(tmp_path, dtype).parameters())
     monkeypatch.setattr(products, "LARGE", 0)
-    monkeypatch.setattr(products, "kind", lambda dtype: ByOneDNN)
+    monkeypatch.setattr(products, "kind", lambda dtype: Cut)
     loaded = fastest(load_model(tmp_path))
     assert all(p.is_contiguous() for p in loaded.parameters())
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters()))
