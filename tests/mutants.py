@@ -1245,10 +1245,10 @@ def a_product_of_another_kernel_forgets_the_bias():
 def the_parts_of_a_product_lie_one_behind_the_other():
     from plumbing import products
 
-    @around(products.Cut, "forward")
-    def forward(original, self, x):
-        y, n = original(self, x), products.parts(self.out_features)
-        return y if products.plainly(x, torch.float32) else y.unflatten(-1, (n, -1)).transpose(0, -2).reshape(y.shape)
+    @around(products, "product")
+    def product(original, x, weight, bias):
+        y, n = original(x, weight, bias), products.parts(len(weight))
+        return y.unflatten(-1, (n, -1)).transpose(0, -2).reshape(y.shape)
 
 
 @mutant

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from generate import generate
 from model import BART, GPT, BARTConfig, GPTConfig
 from plumbing import cli, products
-from plumbing.products import Cut, Widened, fastest
+from plumbing.products import InParts, Widened, fastest
 from plumbing.weights import load_model, save_pretrained
 from test_model import rough
 
@@ -60,13 +60,25 @@ def inputs(n_in, dtype=torch.float32):
             yield x[:, -1:]
 
 
+def kinds_of(n):
+    """Of linears with so many weights, by dtype."""
+    return [products.kind(torch.empty(n, dtype=dtype)) for dtype in (torch.float32, *LOW, torch.float64)]
+
+
+@pytest.fixture
+def slow(monkeypatch):
+    """As on a processor that MKL was not made for."""
+    monkeypatch.setattr(products, "mkl_is_slow", lambda: True)
+
+
 @onednn
+@pytest.mark.usefixtures("slow")
 @torch.inference_mode()
 @pytest.mark.parametrize("view", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("n_out, n", [(512, 8), (290, 10), (331, 1)])
 def test_parts_and_onednn_find_the_same_sums(n_out, n, bias, view):
-    plain, other = pair(Cut, 512, n_out, bias=bias, view=view)
+    plain, other = pair(InParts, 512, n_out, bias=bias, view=view)
     assert products.parts(n_out) == n
     for x in inputs(512):
         found, kernels = asked(lambda: other(x))
@@ -77,9 +89,10 @@ def test_parts_and_onednn_find_the_same_sums(n_out, n, bias, view):
 
 
 @onednn
+@pytest.mark.usefixtures("slow")
 def test_other_kernels_are_for_large_weights_and_where_nobody_looks_on():
-    _, small = pair(Cut, 512, 255)
-    plain, large = pair(Cut, 512, 512)
+    _, small = pair(InParts, 512, 255)
+    plain, large = pair(InParts, 512, 512)
     x = torch.randn(2, 512)
     with torch.inference_mode():
         assert asked(lambda: small(x))[1] == ""
@@ -92,18 +105,23 @@ def test_other_kernels_are_for_large_weights_and_where_nobody_looks_on():
     assert not any("mkldnn" in str(node.target) or "bmm" in str(node.target) for node in graph.nodes)
 
 
+@onednn
 @torch.inference_mode()
+@pytest.mark.parametrize("slow", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dtype", LOW)
-def test_many_rows_of_16_bits_are_sums_in_fp32(dtype, bias):
+def test_many_rows_of_16_bits_are_sums_in_fp32(dtype, bias, slow, monkeypatch):
+    monkeypatch.setattr(products, "mkl_is_slow", lambda: slow)
+    monkeypatch.setattr(products, "LARGE", 1)
     plain, other = pair(Widened, 64, 40, dtype, bias)
     for x in inputs(64, dtype):
         exact = F.linear(x.double(), plain.weight.double(), plain.bias.double() if bias else None)
-        found = other(x)
+        found, kernels = asked(lambda: other(x))
         assert found.dtype == dtype and found.shape == exact.shape
         if x[..., 0].numel() < products.MANY:
-            assert torch.equal(found, plain(x))
+            assert torch.equal(found, plain(x)) and kernels == ""
         else:  # rounded once
+            assert kernels == ("" if not slow else "o" if x[..., 0].numel() > products.FEW else "P" if bias else "p")
             assert ((found - exact).abs() <= torch.finfo(dtype).eps / 2 * exact.abs() + 1e-5).all()
 
 
@@ -117,7 +135,7 @@ def test_what_is_widened_learns_as_before(dtype):
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("cls, dtype", [(Cut, torch.float32), (Widened, torch.bfloat16)])
+@pytest.mark.parametrize("cls, dtype", [(InParts, torch.float32), (Widened, torch.bfloat16)])
 def test_a_copy_of_another_dtype_multiplies_as_any_other(cls, dtype):
     """As compare()'s in fp64, which is to tell rounding from a bug."""
     plain, other = pair(cls, 512, 512, dtype)
@@ -128,26 +146,26 @@ def test_a_copy_of_another_dtype_multiplies_as_any_other(cls, dtype):
 
 @onednn
 @pytest.mark.parametrize("maker, supported, kinds", [
-    ("AuthenticAMD", True, [Cut, None, None]),
-    ("AMD64 Family 25 Model 33 Stepping 2, AuthenticAMD", True, [Cut, None, None]),
-    ("GenuineIntel", True, [None, None, None]), ("GenuineIntel", False, [None, Widened, Widened]),
-    ("", True, [None, None, None])])
+    ("AuthenticAMD", True, [InParts, nn.Linear, nn.Linear, nn.Linear]),
+    ("AMD64 Family 25 Model 33 Stepping 2, AuthenticAMD", False, [InParts, Widened, Widened, nn.Linear]),
+    ("GenuineIntel", True, [nn.Linear] * 4), ("GenuineIntel", False, [nn.Linear, Widened, Widened, nn.Linear]),
+    ("", True, [nn.Linear] * 4)])
 def test_which_is_fastest_depends_on_the_processor(maker, supported, kinds, monkeypatch):
+    monkeypatch.setattr(products, "mkl_is_slow", products.mkl_is_slow.__wrapped__)  # asked anew each time
     monkeypatch.setattr(products, "maker", lambda: maker)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     for way in "_is_mkldnn_bf16_supported", "_is_mkldnn_fp16_supported":
         monkeypatch.setattr(torch.ops.mkldnn, way, lambda: supported)
-    assert [products.kind(dtype) for dtype in (torch.float32, *LOW)] == kinds and products.kind(torch.float64) is None
+    assert kinds_of(2**17) == kinds and kinds_of(2**16) == [nn.Linear, *kinds[1:3], nn.Linear]
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)  # then other libraries multiply
-    assert products.kind(torch.float32) is None
+    assert kinds_of(2**17) == [nn.Linear, *kinds[1:]]
 
 
 def test_without_onednn_nothing_is_asked_of_it(monkeypatch):
-    monkeypatch.setattr(products, "maker", lambda: "AuthenticAMD")
-    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    monkeypatch.setattr(products, "mkl_is_slow", lambda: True)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     monkeypatch.setattr(torch.ops, "mkldnn", None)  # as there is nothing in it
-    assert [products.kind(dtype) for dtype in (torch.float32, *LOW)] == [None, None, None]
+    assert kinds_of(2**17) == [nn.Linear] * 4
 
 
 def test_who_made_the_processor_is_asked_where_it_stands(monkeypatch):
@@ -164,10 +182,10 @@ def test_who_made_the_processor_is_asked_where_it_stands(monkeypatch):
 
 
 @onednn
+@pytest.mark.usefixtures("slow")
 @pytest.mark.parametrize("cls", [GPT, BART])
 def test_models_compute_the_same_cached_and_not(cls, monkeypatch):
     monkeypatch.setattr(products, "LARGE", 0)
-    monkeypatch.setattr(products, "kind", {torch.float32: Cut}.get)
     torch.manual_seed(0)
     sizes = dict(n_head=4, n_embd=32, vocab_size=37, block_size=24)
     model = rough(cls(BARTConfig(n_encoder_layer=2, n_decoder_layer=2, **sizes) if cls is BART else
@@ -176,7 +194,7 @@ def test_models_compute_the_same_cached_and_not(cls, monkeypatch):
         p.data /= 3
     args = Namespace(quantize=None)
     other = cli.prepared(args, copy.deepcopy(model))
-    assert other.lm_head.weight is other.wte.weight and type(other.lm_head) is Cut
+    assert other.lm_head.weight is other.wte.weight and type(other.lm_head) is InParts
     ids = torch.randint(3, 37, (3, 12))
     with torch.inference_mode():
         if cls is GPT:
@@ -192,14 +210,15 @@ def test_models_compute_the_same_cached_and_not(cls, monkeypatch):
     assert generate(other, prompts, 8) == generate(model, prompts, 8) == generate(other, prompts, 8, strategy="naive")
 
 
+@onednn
+@pytest.mark.usefixtures("slow")
 def test_a_model_that_is_small_or_of_whole_numbers_stays_as_it_is(monkeypatch):
-    monkeypatch.setattr(products, "kind", lambda dtype: Cut)
     model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=16, vocab_size=37, block_size=24))
     assert type(cli.prepared(Namespace(quantize=None), model).lm_head) is nn.Linear
     monkeypatch.setattr(products, "LARGE", 0)
     whole = cli.prepared(Namespace(quantize="int8"), copy.deepcopy(model))
     kinds = {type(module).__name__ for module in whole.modules()}
-    assert "Int8Linear" in kinds and not kinds & {"Cut", "Linear"}
+    assert "Int8Linear" in kinds and not kinds & {"InParts", "Linear"}
     assert type(fastest(model.to("meta")).lm_head) is nn.Linear  # as one that is elsewhere
 
 
@@ -210,8 +229,7 @@ def test_gpt2_matrices_are_views_only_where_they_are_read_fast(tmp_path, monkeyp
     assert not load_model(tmp_path).h[0].mlp.c_fc.weight.is_contiguous()
     for dtype in LOW:
         assert all(p.is_contiguous() for p in load_model(tmp_path, dtype).parameters())
-    monkeypatch.setattr(products, "LARGE", 0)
-    monkeypatch.setattr(products, "kind", lambda dtype: Cut)
+    monkeypatch.setattr(products, "kind", lambda weight: InParts)
     loaded = fastest(load_model(tmp_path))
     assert all(p.is_contiguous() for p in loaded.parameters())
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters()))
