@@ -74,11 +74,11 @@ class Int8Linear(nn.Module):
             y = torch._weight_int8pack_mm(rows.bfloat16(), self.weight, ones).float()
         elif kernels and torch.backends.quantized.engine == "x86":
             rows = rows.float()
-            by = rows.abs().amax(1, keepdim=True)  # a row's own: what it gives does not depend on the others
+            by = torch.maximum(rows.amax(1, True), -rows.amin(1, True))  # a row's own: it does not depend on the others
             y = self.whole(rows / by)  # what is no number is lost there; `by` has it
         else:
             y = F.linear(rows, self.weight.to(x.dtype)).to(torch.promote_types(x.dtype, torch.float32))
-        y = y * by if self.bias is None else torch.addcmul(self.bias, y, by)
+        y = y.mul_(by) if self.bias is None else y.mul_(by).add_(self.bias)  # no memory is taken for either
         return y.to(x.dtype).unflatten(0, x.shape[:-1])
 
     @cached_property
