@@ -247,7 +247,7 @@ from plumbing import errors, ranks
 
 def main():
     with ranks.joined():
-        print("joined", flush=True)
+        print("joined", time.monotonic(), flush=True)
         ranks.total(1)  # both are here
         if os.environ["RANK"] == "1" and sys.argv[1] == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
@@ -267,9 +267,9 @@ if __name__ == "__main__":
 @pytest.mark.parametrize("how, line", [("killed", "error: another rank has gone"), ("stopped", "interrupted")])
 def test_a_rank_that_waits_deaf_to_signals_says_that_another_has_gone_and_nothing_of_a_stop(how, line, tmp_path):
     (tmp_path / "program.py").write_text(DEAF)
-    started = time.monotonic()
     outcome = torchrun(tmp_path / "program.py", how)
-    assert outcome.out == "joined\n" and len(said(outcome, line)) == 1 and time.monotonic() - started < 30
+    [started] = re.findall(r"^joined (.+)\n$", outcome.out)  # a busy machine may take as long before that
+    assert len(said(outcome, line)) == 1 and time.monotonic() - float(started) < 30, outcome
     assert not said(outcome, "error: another" if how == "stopped" else "interrupted")
 
 
