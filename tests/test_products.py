@@ -34,10 +34,10 @@ class Calls(TorchDispatchMode):
 
 def asked(function):
     """What it returns, and which kernels of products that are not nn.Linear's it has asked for, in a word."""
+    letters = {"aten.bmm.default": "p", "aten.baddbmm.default": "P", "mkldnn._linear_pointwise.default": "o"}
     with Calls() as calls:
         found = function()
-    return found, "".join({"aten.bmm.default": "p", "aten.baddbmm.default": "P", "mkldnn._linear_pointwise.default": "o"}
-                          .get(name, "") for name in calls.names)
+    return found, "".join(letters.get(name, "") for name in calls.names)
 
 
 def pair(cls, n_in, n_out, dtype=torch.float32, bias=True, view=False):
@@ -206,7 +206,8 @@ def test_models_compute_the_same_cached_and_not(cls, monkeypatch):
             step = lambda part, at: other.decode(part, encoded, None, True, at)
         whole, kernels = asked(lambda: passes(other))
         parts = torch.cat([step(ids[:, a:b], a) for a, b in ((0, 5), (5, 6), (6, 11), (11, 12))], 1)
-        assert kernels.count("P") >= 8 and (whole - passes(model)).abs().max() <= 1e-5 and (whole - parts).abs().max() <= 1e-5
+        assert kernels.count("P") >= 8  # in parts
+        assert (whole - passes(model)).abs().max() <= 1e-5 and (whole - parts).abs().max() <= 1e-5
     prompts = [ids[0].tolist(), ids[1, :5].tolist()]
     assert generate(other, prompts, 8) == generate(model, prompts, 8) == generate(other, prompts, 8, strategy="naive")
 

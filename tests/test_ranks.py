@@ -39,7 +39,7 @@ import train
 from plumbing import checkpoints, ranks
 
 update, rank, calls = train.update, int(os.environ["RANK"]), []
-ranks.print = lambda *args, **kwargs: (time.sleep(1), print(*args, **kwargs))  # another thread must not end us meanwhile
+ranks.print = lambda *args, **kwargs: (time.sleep(1), print(*args, **kwargs))  # no other thread ends us meanwhile
 
 def patched(model, optimizers, batches, config, *args):
     calls.append(1)
