@@ -75,6 +75,7 @@ def parts(n):
 
 @cache
 def mkl_is_slow():
+    """Whether MKL multiplies fp32 here, on a processor of another maker than its own; reads a file, so once."""
     return torch.backends.mkl.is_available() and "AMD" in maker()
 
 
