@@ -98,8 +98,8 @@ class Steps:
 
     def __init__(self, model, weights):
         self.options, self.idle = compiler_options(model.wte.weight.device.type), {}
-        self.exported, head = Exported(logits_of, model), aligned(model.lm_head)
-        model = reading(model) if model.wte.weight.is_cuda else model
+        head, model = aligned(model.lm_head), reading(model)
+        self.exported = Exported(logits_of, model)
         fast = lambda step: torch.compile(partial(own(step), model, head), fullgraph=True)
         self.logits, self.greedy = fast(logits_of), fast(greedy)
 
@@ -317,7 +317,7 @@ class Decoding:
     @torch.inference_mode()
     def __call__(self, rows, which):
         if self.held is None:
-            self.held = list(rows)
+            self.held, self.everyone = list(rows), list(range(len(rows)))
             self.take(len(rows))
             logits = self.buffers.prefill(self.model, rows, len(rows) // self.B)
             if logits is not None:
@@ -325,7 +325,8 @@ class Decoding:
         for r, row in zip(which, rows):
             self.held[r] = row  # rows that have ended are held as well: they find what they have found
         if not self.inside:
-            return self.choose(self.buffers.step(self.held)[which], rows, which)
+            logits = self.buffers.step(self.held)
+            return self.choose(logits if which == self.everyone else logits[which], rows, which)  # spare the copy
         left = self.most - min(map(len, rows))
         if self.running is None:
             self.buffers.enter(self.held)

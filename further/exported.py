@@ -61,6 +61,8 @@ class Exported:
         for node in graph.find_nodes(op="placeholder"):
             if node.meta["val"] is None:
                 graph.erase_node(node)
+        for node in graph.find_nodes(op="call_function", target=torch.ops.aten._assert_tensor_metadata.default):
+            graph.erase_node(node)  # stands between operations that the compiler knows as one
         module.recompile()
         inputs = [node.meta["val"] for node in graph.find_nodes(op="placeholder")]
         symbols = inputs[0].fake_mode.shape_env

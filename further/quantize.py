@@ -11,9 +11,9 @@ W ~ diag(s) Q with s = max |W| / 127 along the row, so no weight moves by more t
 embedding is only looked up. A linear stands where a linear stood, so whatever decodes, counts or compares goes on.
 
 In fp64 products are exactly those with s Q. In fp32 and bf16 an x86 CPU multiplies whole numbers, for which the input
-is rounded as well, each row of it to 127 levels: that is where the speed comes from, and most of the error. (Compiled,
-input and result are rounded to bf16 instead.) With --source, the second command says what rounding costs on held-out
-text: logits, and loss.
+is rounded as well, each row of it to 127 levels: that is where the speed comes from, and most of the error. (Compiled
+for one row, or without AMX, input and result are rounded to bf16 instead; so are many rows in bf16 where there is AMX.)
+With --source, the second command says what rounding costs on held-out text: logits, and loss.
 """
 
 import copy
@@ -38,6 +38,8 @@ from plumbing.report import aligned
 from plumbing.weights import load_pretrained, save_pretrained
 from train import loss_sum
 
+AMX = torch.cpu._is_amx_tile_supported()  # whether this processor multiplies matrices of 8 and 16 bits by itself
+MANY = 256    # rows from which weights that are made bfloat16 first have earned it, where that is what is multiplied
 LEVELS = 127  # of either sign; -128 is left out, so that two products of 7 and 8 bits fit the kernel's 16
 BATCHES = 100  # of eight held-out rows, at most
 
@@ -69,17 +71,25 @@ class Int8Linear(nn.Module):
     def forward(self, x):
         rows, by = x.flatten(0, -2), self.scale
         kernels = x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
+        many = AMX and x.dtype == torch.bfloat16 and len(rows) >= MANY
         if kernels and torch.compiler.is_compiling():  # which cannot trace what is packed for the kernel below
-            ones = torch.ones_like(by, dtype=torch.bfloat16)
-            y = torch._weight_int8pack_mm(rows.bfloat16(), self.weight, ones).float()
-        elif kernels and torch.backends.quantized.engine == "x86":
+            y = self.traced(rows)
+        elif kernels and not many and torch.backends.quantized.engine == "x86":
             rows = rows.float()
-            by = torch.maximum(rows.amax(1, True), -rows.amin(1, True))  # a row's own: it does not depend on the others
+            by = greatest(rows)
             y = self.whole(rows / by)  # what is no number is lost there; `by` has it
         else:
             y = F.linear(rows, self.weight.to(x.dtype)).to(torch.promote_types(x.dtype, torch.float32))
         y = y.mul_(by) if self.bias is None else y.mul_(by).add_(self.bias)  # no memory is taken for either
         return y.to(x.dtype).unflatten(0, x.shape[:-1])
+
+    def traced(self, rows):
+        """rows times Q, in fp32, by operations of which a compiler has kernels: one is made for single rows."""
+        if not AMX or len(rows) == 1:
+            ones = torch.ones_like(self.scale, dtype=torch.bfloat16)
+            return torch._weight_int8pack_mm(rows.bfloat16(), self.weight, ones).float()
+        most = greatest(rows.float()) / LEVELS
+        return torch._int_mm((rows / most).round().to(torch.int8), self.weight.t()).float() * most
 
     @cached_property
     def whole(self):
@@ -104,6 +114,11 @@ class Int8Linear(nn.Module):
     def _load_from_state_dict(self, *args):
         super()._load_from_state_dict(*args)
         self.__dict__.pop("whole", None)
+
+
+def greatest(rows):
+    """The largest number of each row without its sign, (rows, 1): no row depends on the others."""
+    return torch.maximum(rows.amax(1, True), -rows.amin(1, True))
 
 
 def quantize(model):

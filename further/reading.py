@@ -1,15 +1,17 @@
 """
-What a compiler of decode steps is given on a GPU: attention that reads the keys somebody sees, and no others, and
-products of a single row that it can fuse with what is around them.
+What a compiler of decode steps is given: attention and products of a single row, each in the form it does best with.
 
     python bench.py decode --random gpt2 --dtype bfloat16 --prompt-tokens 32 --max-new-tokens 256 --num-samples 64 \\
         --compile
 
 What a compiled step attends to is as long as the room there is, since its shapes may not change; a mask says how much
-of that counts. PyTorch's kernels read everything and apply the mask afterwards. This one looks at the mask first: of a
-tile of keys that nobody may see, it reads neither keys nor values. It takes any mask: rows at places of their own,
-padded sources, a window. One pass over the tiles keeps a running maximum, sum and result (Milakov and Gimelshein 2018;
-Dao et al. 2022, algorithm 1).
+of that counts. On a GPU PyTorch's kernels read everything and apply the mask afterwards. The kernel here looks at the
+mask first: of a tile of keys that nobody may see, it reads neither keys nor values. It takes any mask: rows at places
+of their own, padded sources, a window. One pass over the tiles keeps a running maximum, sum and result (Milakov and
+Gimelshein 2018; Dao et al. 2022, algorithm 1).
+
+On a CPU PyTorch's kernel is made for many queries, too, and is a call of its own. For a single one the equation is
+written out: loops, of which the compiler makes C++, that read keys and values once and fuse with what is around them.
 
 A model takes part as a copy of its modules, around the same weights, whose patterns and linears are the ones below:
 attention.py stays as it is.
@@ -61,13 +63,23 @@ def attend_one(q, k, v, mask, tile):
     return y
 
 
+def written_out(q, k, v, mask):
+    """The same as loops for a compiler: sums of numbers in fp32, whatever q, k and v are in."""
+    (B, H, _, D), KV = q.shape, k.size(1)
+    products = q.view(B, KV, H // KV, 1, D) * k[:, :, None]
+    scores = products.sum(-1, dtype=torch.promote_types(q.dtype, torch.float32)) * D**-0.5  # (B, KV, H / KV, S)
+    weights = scores.masked_fill(~mask, float("-inf")).softmax(-1)
+    return (weights[..., None] * v[:, :, None]).sum(-2).to(q.dtype).view(B, H, 1, D)
+
+
 class Read:
     """A pattern whose single queries are answered so; those of more are the pattern's own."""
 
     def forward(self, q, k, v, query_pos, key_pos):
         if q.size(2) > 1:
             return super().forward(q, k, v, query_pos, key_pos)
-        return attend_one(q, k, v, dense(self.allows, query_pos, key_pos), self.tile)
+        seen = dense(self.allows, query_pos, key_pos)
+        return attend_one(q, k, v, seen, self.tile) if q.is_cuda else written_out(q, k, v, seen)
 
 
 class ReadCausal(Read, Causal):
@@ -91,13 +103,12 @@ class OneRow(nn.Linear):
 def reading(model):
     """The model whose decode steps use these, where they can: a copy around the same weights."""
     ours, head_dim = {Causal: ReadCausal, Everything: ReadEverything}, model.config.n_embd // model.config.n_head
-    if not triton or head_dim != up(head_dim):
-        return model
+    if model.wte.weight.is_cuda:  # a CPU's compiler tries out whole products instead
+        if not triton or head_dim != up(head_dim):
+            return model
+        ours[nn.Linear] = OneRow
     shared = {id(x): x for x in (*model.parameters(), *model.buffers())}
     copy = deepcopy(model, shared | {id(model.cache): None, id(model.source): None})  # without a text of its own
     for module in copy.modules():
-        if type(module) is nn.Linear:
-            module.__class__ = OneRow
-        if type(getattr(module, "pattern", None)) in ours:
-            module.pattern = ours[type(module.pattern)](module.pattern.p)
+        module.__class__ = ours.get(type(module), type(module))
     return copy

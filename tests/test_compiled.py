@@ -7,9 +7,12 @@ import pytest
 import torch
 
 import generate as program
-from attention import NOWHERE
+from attention import NOWHERE, attend_explicit
 from further import compiled as module
+from further import quantize as whole_numbers
+from further import reading
 from further.compiled import compiled, greedy, padded
+from further.quantize import quantize
 from generate import advance, encode, generate, project
 from model import BART, GPT, BARTConfig, GPTConfig
 from sampling import Choice, Chooser
@@ -143,6 +146,41 @@ def test_weights_that_change_are_not_the_frozen_ones():
         for block in model.h:
             block.mlp.c_fc.weight.mul_(-3)
     assert generate(model, prompts, 9, strategy=compiled) == generate(model, prompts, 9) != before
+
+
+@pytest.mark.parametrize("H, KV, S", [(2, 2, 80), (4, 2, 32), (3, 1, 1)])
+def test_attention_written_out_is_attention(H, KV, S):
+    torch.manual_seed(S)
+    q = torch.randn(5, 1, H + 1, 8, dtype=torch.double).transpose(1, 2)[:, :H]  # as in a product with keys and values
+    k, v = torch.randn(2, 5, KV, S + 3, 8, dtype=torch.double)[:, :, :, :S]     # as in a larger buffer
+    seen = torch.rand(5, 1, 1, S) < 0.4
+    seen[..., 0] = True
+    for mask in seen, seen[:1]:
+        assert (reading.written_out(q, k, v, mask) - attend_explicit(q, k, v, mask)[0]).abs().max() <= 1e-12
+
+
+def test_what_a_cpu_compiles_has_it_for_single_queries_and_shares_the_weights(monkeypatch):
+    model, asked, written_out = made("bart"), [], reading.written_out
+    monkeypatch.setattr(reading, "written_out", lambda *args: asked.append(args) or written_out(*args))
+    other, named = reading.reading(model), dict(model.named_parameters())
+    assert all(p is named[name] for name, p in other.named_parameters())
+    assert not any(isinstance(m, reading.Read) for m in model.modules())
+    assert not any(isinstance(m, reading.OneRow) for m in other.modules())
+    source = torch.tensor(prompts_of(9))
+    encoded = other.encode(source)
+    whole = other.decode(source, encoded)
+    assert not asked
+    steps = [other.decode(source[:, t : t + 1], encoded, None, True, t) for t in range(9)]
+    assert len(asked) == 9 * 2 * 2 and (torch.cat(steps, 1) - whole).abs().max() <= 1e-10
+
+
+def test_the_compiler_knows_every_product_of_whole_numbers_where_there_is_amx(monkeypatch):
+    """With nothing between the operations that it looks for: it has kernels for them as one."""
+    monkeypatch.setattr(whole_numbers, "AMX", True)
+    torch._dynamo.utils.counters.clear()
+    generate(quantize(made("bart", torch.float32)), prompts_of(4, 3), 3, strategy=compiled)
+    found = torch._dynamo.utils.counters["inductor"]["qlinear_weight_prepack_matcher_count"]
+    assert found == 2 * 6 + 1  # of two layers, and the head
 
 
 def test_there_may_be_many_models_and_batches(no_code):

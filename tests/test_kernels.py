@@ -187,11 +187,12 @@ def test_a_model_that_reads_so_is_another_around_the_same_weights(cls, n_source,
         args = dict(start_pos=start, **pair.source)
         plain = model.features(pair.ids.gather(1, start), cache=pair.caches[0], **args)
         assert (other.features(pair.ids.gather(1, start), cache=pair.caches[1], **args) - plain).abs().max() <= 1e-5
-    assert len(asked) == (8 if n_source else 4) and {tile for *_, tile in asked} == ({64, 128} if n_source else {64})
     assert not any(isinstance(m, reading.Read | reading.OneRow) for m in model.modules())
-    assert {type(m) for m in other.modules() if isinstance(m, torch.nn.Linear)} == {reading.OneRow}
-    uneven = build(cls, n_embd=36, n_head=3)  # 12 numbers a head
-    assert reading.reading(uneven) is uneven
+    if DEVICE == "cuda":  # elsewhere they are never asked: tests/test_compiled.py
+        assert len(asked) == (8 if n_source else 4) and {tile for *_, tile in asked} == ({64, 128} if n_source else {64})
+        assert {type(m) for m in other.modules() if isinstance(m, torch.nn.Linear)} == {reading.OneRow}
+        uneven = build(cls, n_embd=36, n_head=3)  # 12 numbers a head
+        assert reading.reading(uneven) is uneven
 
 
 @pytest.mark.parametrize("shape", [(6,), (1, 1, 6), (2, 1, 6), (1, 3, 6)], ids=str)

@@ -100,8 +100,11 @@ def test_cached_is_uncached(cls):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_kernel_errs_by_half_a_level_of_each_input_at_most(dtype):
-    """A row x has 127 levels from -max |x| to max |x|, so no x moves by more than max |x| / 127."""
+@pytest.mark.parametrize("traced", [False, True], ids=["plain", "as a compiler sees it where there is AMX"])
+def test_the_kernel_errs_by_half_a_level_of_each_input_at_most(dtype, traced, monkeypatch):
+    """A row x has 127 levels from -max |x| to max |x|, or twice as many, so no x moves by more than max |x| / 127."""
+    monkeypatch.setattr(command, "AMX", traced)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: traced)
     torch.manual_seed(3)
     whole = Int8Linear.of(nn.Linear(70, 33)).to(dtype)
     x = (torch.randn(5, 3, 70) * torch.logspace(-4, 3, 5)[:, None, None]).to(dtype)
@@ -112,7 +115,7 @@ def test_the_kernel_errs_by_half_a_level_of_each_input_at_most(dtype):
         moved = levels * (whole.weight.double() * whole.scale.double()[:, None]).abs().sum(1)
         bound = moved * (1 + 1e-5) + (exact.abs() + moved) * torch.finfo(dtype).eps * 2 + 1e-7
         assert y.shape == (5, 3, 33) and ((y - exact).abs() <= bound).all()
-        assert torch.equal(whole(x[2:3, 1:2]), whole(x)[2:3, 1:2])  # a row does not depend on its neighbours
+        assert torch.equal(whole(x[2:3, 1:]), whole(x)[2:3, 1:])  # a row does not depend on its neighbours
         for bad in (float("nan"), float("inf")):
             x[1, 2, 3] = bad
             finite = whole(x).isfinite().all(-1)
@@ -124,6 +127,20 @@ def test_sums_do_not_overflow_where_all_numbers_are_largest():
     whole.weight.fill_(127)
     whole.scale.fill_(1.0)
     assert (whole(torch.ones(2, 64)) / (64 * 127) - 1).abs().max() <= 1 / 127 + 1e-6
+
+
+def test_many_rows_in_bfloat16_are_not_rounded_to_levels_where_there_is_amx(monkeypatch):
+    """They are multiplied in bfloat16, by the whole numbers, each of which is one there."""
+    monkeypatch.setattr(command, "MANY", 4)
+    torch.manual_seed(6)
+    whole, x = Int8Linear.of(nn.Linear(64, 32)).bfloat16(), torch.randn(2, 2, 64).bfloat16()
+    with torch.no_grad():
+        exact, rounded = copy.deepcopy(whole).double()(x.double()), whole(x)
+        monkeypatch.setattr(command, "AMX", True)
+        assert ((whole(x) - exact).abs() <= 2 * torch.finfo(torch.bfloat16).eps * exact.abs().amax(-1, True)).all()
+        assert (whole(x) - exact).norm() < (rounded - exact).norm() / 2  # the levels are what errs most
+        assert torch.equal(whole(x[:, :1]), rounded[:, :1])              # fewer rows, as ever
+        assert not torch.equal(whole.float()(x.float()).bfloat16(), whole.bfloat16()(x))
 
 
 def test_what_is_packed_follows_the_weights():
