@@ -8,10 +8,10 @@ A plain step asks PyTorch for some three hundred operations, one after the other
 shapes are those of one token, and where that token stands can be a tensor, whose value only the device reads. So one
 graph is the step of all requests and lengths. On a CPU it is a graph of tensors (exported.py), of which C++ is made:
 products that have been tried out on this machine, weights laid out for them once ("frozen"), and what lies between
-products fused. On a GPU what it launches is recorded once, ids are chosen inside, greedily or by chance, and the host
-fetches them RUN at a time, after it has asked for the next RUN: every row goes on behind what it has found, or has
-ended. Up to 64 rows there, a step of a few small kernels takes the place of the compiled one (kernels.py,
-many_rows.py); for more, attention skips what no row sees (reading.py).
+products, attention among it (reading.py), fused. On a GPU what it launches is recorded once, ids are chosen inside,
+greedily or by chance, and the host fetches them RUN at a time, after it has asked for the next RUN: every row goes on
+behind what it has found, or has ended. Up to 64 rows there, a step of a few small kernels takes the place of the
+compiled one (kernels.py, many_rows.py); for more, attention skips what no row sees (reading.py).
 
 What it costs: the first request compiles, which takes seconds to a minute; rows that have ended are computed on, since
 no shape may change; on a CPU a step reads the keys and values of all the room there is. The prompt enters plainly.

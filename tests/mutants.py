@@ -1304,6 +1304,34 @@ def a_copy_multiplies_with_what_was_packed_before():
     replace(quantize.Int8Linear, "_load_from_state_dict", lambda original: quantize.nn.Module._load_from_state_dict)
 
 
+@mutant
+def rows_are_rounded_to_the_levels_of_the_greatest():
+    quantize = quantize_module()
+
+    @around(quantize, "greatest")
+    def greatest(original, rows):
+        most = original(rows)
+        return most.amax(0, keepdim=True).expand_as(most)
+
+
+@mutant
+def attention_written_out_for_a_compiler_sees_what_is_masked():
+    from further import reading
+
+    @around(reading, "written_out")
+    def written_out(original, q, k, v, mask):
+        return original(q, k, v, mask | True)
+
+
+@mutant
+def attention_written_out_for_a_compiler_takes_other_heads_for_neighbours():
+    from further import reading
+
+    @around(reading, "written_out")
+    def written_out(original, q, k, v, mask):
+        return original(q, *(x.repeat(1, q.size(1) // x.size(1), 1, 1) for x in (k, v)), mask)
+
+
 # -----------------------------------------------------------------------------
 # Several ranks
 
