@@ -317,7 +317,7 @@ class Decoding:
     @torch.inference_mode()
     def __call__(self, rows, which):
         if self.held is None:
-            self.held, self.everyone = list(rows), list(range(len(rows)))
+            self.held = list(rows)
             self.take(len(rows))
             logits = self.buffers.prefill(self.model, rows, len(rows) // self.B)
             if logits is not None:
@@ -326,7 +326,8 @@ class Decoding:
             self.held[r] = row  # rows that have ended are held as well: they find what they have found
         if not self.inside:
             logits = self.buffers.step(self.held)
-            return self.choose(logits if which == self.everyone else logits[which], rows, which)  # spare the copy
+            every = which == list(range(len(logits)))  # then nothing need be copied
+            return self.choose(logits if every else logits[which], rows, which)
         left = self.most - min(map(len, rows))
         if self.running is None:
             self.buffers.enter(self.held)

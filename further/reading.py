@@ -64,7 +64,7 @@ def attend_one(q, k, v, mask, tile):
 
 
 def written_out(q, k, v, mask):
-    """The same as loops for a compiler: sums of numbers in fp32, whatever q, k and v are in."""
+    """The same, as loops for a compiler, where attend_explicit() has products: sums are in fp32 at least."""
     (B, H, _, D), KV = q.shape, k.size(1)
     products = q.view(B, KV, H // KV, 1, D) * k[:, :, None]
     scores = products.sum(-1, dtype=torch.promote_types(q.dtype, torch.float32)) * D**-0.5  # (B, KV, H / KV, S)
@@ -73,21 +73,32 @@ def written_out(q, k, v, mask):
 
 
 class Read:
-    """A pattern whose single queries are answered so; those of more are the pattern's own."""
+    """A pattern whose single queries are answered by one(q, k, v, mask); those of more are the pattern's own."""
 
     def forward(self, q, k, v, query_pos, key_pos):
         if q.size(2) > 1:
             return super().forward(q, k, v, query_pos, key_pos)
-        seen = dense(self.allows, query_pos, key_pos)
-        return attend_one(q, k, v, seen, self.tile) if q.is_cuda else written_out(q, k, v, seen)
+        return self.one(q, k, v, dense(self.allows, query_pos, key_pos))
 
 
 class ReadCausal(Read, Causal):
-    tile = 64   # of some hundred keys: all heads of 64 rows at once on an H200, 13 us where 128 take 18
+    def one(self, *args):
+        return attend_one(*args, 64)   # of some hundred keys: all heads of 64 rows at once on an H200, 13 us, by 128 18
 
 
 class ReadEverything(Read, Everything):
-    tile = 128  # of a thousand, a source: more of them under way, 37 us where 64 take 45
+    def one(self, *args):
+        return attend_one(*args, 128)  # of a thousand, a source: more of them under way, 37 us where 64 take 45
+
+
+class WrittenCausal(Read, Causal):
+    def one(self, *args):
+        return written_out(*args)
+
+
+class WrittenEverything(Read, Everything):
+    def one(self, *args):
+        return written_out(*args)
 
 
 class OneRow(nn.Linear):
@@ -102,11 +113,13 @@ class OneRow(nn.Linear):
 
 def reading(model):
     """The model whose decode steps use these, where they can: a copy around the same weights."""
-    ours, head_dim = {Causal: ReadCausal, Everything: ReadEverything}, model.config.n_embd // model.config.n_head
-    if model.wte.weight.is_cuda:  # a CPU's compiler tries out whole products instead
-        if not triton or head_dim != up(head_dim):
-            return model
-        ours[nn.Linear] = OneRow
+    head_dim = model.config.n_embd // model.config.n_head
+    if not model.wte.weight.is_cuda:  # whole products are tried out there
+        ours = {Causal: WrittenCausal, Everything: WrittenEverything}
+    elif triton and head_dim == up(head_dim):
+        ours = {Causal: ReadCausal, Everything: ReadEverything, nn.Linear: OneRow}
+    else:
+        return model
     shared = {id(x): x for x in (*model.parameters(), *model.buffers())}
     copy = deepcopy(model, shared | {id(model.cache): None, id(model.source): None})  # without a text of its own
     for module in copy.modules():

@@ -26,6 +26,7 @@ from generate import advance, asking, encode, project
 from plumbing.checks import check_room
 from plumbing.errors import NonFiniteError, UserError
 from plumbing.examples import Examples
+from sampling import most_likely
 
 GUESSES = 4  # of each row, in every pass
 NGRAM = 3    # so many of the newest ids are looked up, then fewer
@@ -108,7 +109,7 @@ def model_draft(small, sources, B, room, choose):
             except NonFiniteError:  # the rules forbid every id, in a text that perhaps nobody writes
                 break
             q = distribution(choose, scores) if choose.choice.temperature else None
-            ids = scores.argmax(-1, keepdim=True) if q is None else choose.sample(q, [[choose.part(r)] for r in which])
+            ids = most_likely(scores) if q is None else choose.sample(q, [[choose.part(r)] for r in which])
             texts, drawn = [[*text, *new] for text, new in zip(texts, ids.tolist())], [*drawn, q]
         return texts, drawn
 
