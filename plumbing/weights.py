@@ -242,7 +242,8 @@ def saved_class(fmt, raw):
     def family(cls):
         return [cls, *(below for child in cls.__subclasses__() for below in family(child))]
 
-    classes = {f"MinDecode{cls.__name__}": cls for cls in family(fmt.model)}
+    # the first of a name: torch.export leaves subclasses behind that are called as what they stood for
+    classes = {f"MinDecode{cls.__name__}": cls for cls in reversed(family(fmt.model))}
     names = raw.get("architectures", [f"MinDecode{fmt.model.__name__}"])
     if names not in [[name] for name in classes]:
         raise UserError(f"architectures is {names!a:.60}, which is not defined here; import the file that does it")
