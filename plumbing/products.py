@@ -2,11 +2,13 @@
 A linear's product by the kernel that is fastest on this processor: the same weights, the same sums.
 
 nn.Linear leaves the choice to PyTorch, which has fp32 multiplied by MKL. That is made for Intel's processors: there one
-row of input takes the time to read the weights. On two cores of an AMD EPYC it takes twice as long, eight rows five
-times: MKL gains nothing there from a second thread. Of a weight cut into eight it makes eight products, which threads
-share: 1.1 and 2.3 times. Many rows are faster by oneDNN, which PyTorch has as well. And where a processor has no
-instructions for numbers of 16 bits, PyTorch widens them one by one. One row gains, since half the bytes are read; many
-are up to seven times as fast if weights are widened first, before each product. RESULTS.md has the measurements.
+row of input takes the time to read the weights, though eight rows take 2.5 times that. Asked for many small products
+instead, each with one row from every eighth of the weight, it reads in eight places at a time: 1.3 times. On two cores
+of an AMD EPYC one row takes twice as long, eight rows five times: MKL gains nothing there from a second thread. Of a
+weight cut into eight it makes eight products, which threads share: 1.1 and 2.3 times. Many rows are faster by oneDNN,
+which PyTorch has as well. And where a processor has no instructions for numbers of 16 bits, PyTorch widens them one by
+one. One row gains, since half the bytes are read; many are up to seven times as fast if weights are widened first,
+before each product. RESULTS.md has the measurements.
 
 Who generates from the command line on a CPU gets a model of such linears. They do nothing else where gradients are
 recorded, or where a compiler looks on, which has kernels of its own.
@@ -22,7 +24,8 @@ from torch.nn import functional as F
 from plumbing.machine import proc
 
 LARGE = 2**17  # numbers in a weight: smaller ones gain less than the calls cost
-FEW = 64       # rows: more are multiplied by oneDNN
+SEVERAL = 8    # rows: more are multiplied well by MKL where it is not slow
+FEW = 64       # rows: more are multiplied by oneDNN where it is
 MANY = 8       # rows: fewer are multiplied by numbers of 16 bits as they are
 WIDE = 2**21   # numbers that are widened at once: as many as a processor's caches hold
 
@@ -32,6 +35,15 @@ class InParts(nn.Linear):
 
     def forward(self, x):
         return super().forward(x) if plainly(x, torch.float32) else product(x, self.weight, self.bias)
+
+
+class Several(nn.Linear):
+    """In fp32: several rows by product(), where MKL is slow with these alone."""
+
+    def forward(self, x):
+        if not 1 < x.numel() // self.in_features <= SEVERAL or plainly(x, torch.float32):
+            return super().forward(x)
+        return product(x, self.weight, self.bias)
 
 
 class Widened(nn.Linear):
@@ -52,19 +64,21 @@ def plainly(x, *dtypes):
 
 
 def product(x, weight, bias):
-    """F.linear() in fp32: of few rows by the parts of a large weight, of many by oneDNN."""
-    n_out, n_in = weight.shape
-    if weight.numel() < LARGE or not mkl_is_slow():
-        return F.linear(x, weight, bias)
+    """F.linear() in fp32: of few rows by the parts of a large weight, of many by oneDNN where MKL is slow."""
+    (n_out, n_in), slow = weight.shape, mkl_is_slow()
     rows, n = x.reshape(-1, n_in), parts(n_out)
+    if weight.numel() < LARGE or not slow and (n == 1 or len(rows) > SEVERAL):
+        return F.linear(x, weight, bias)
     if n == 1 or len(rows) > FEW:
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    rows, weight = rows.expand(n, -1, -1), weight.reshape(n, -1, n_in).mT
-    if bias is None:
-        y = torch.bmm(rows, weight)  # (n, rows, out / n)
-    else:
-        y = torch.baddbmm(bias.view(n, 1, -1), rows, weight)
-    return y.transpose(0, 1).reshape(*x.shape[:-1], n_out)
+    weight, bias = weight.reshape(n, -1, n_in).mT, None if bias is None else bias.view(n, 1, -1)  # (n, in, out / n)
+    if not slow:  # (out / n, in, n)
+        weight, bias = weight.transpose(0, 2), None if bias is None else bias.transpose(0, 2)
+    rows = rows.expand(len(weight), -1, -1)
+    y = torch.bmm(rows, weight) if bias is None else torch.baddbmm(bias, rows, weight)
+    if not slow:
+        y = y.transpose(0, 2)
+    return y.transpose(0, 1).reshape(*x.shape[:-1], n_out)  # from (n, rows, out / n)
 
 
 @cache
@@ -91,8 +105,8 @@ def kind(weight):
     """The class of linears that is fastest here for such a weight."""
     if not torch.backends.mkldnn.is_available():  # nothing of this has been measured without it
         return nn.Linear
-    if weight.dtype == torch.float32 and weight.numel() >= LARGE and mkl_is_slow():
-        return InParts
+    if weight.dtype == torch.float32 and weight.numel() >= LARGE and torch.backends.mkl.is_available():
+        return InParts if mkl_is_slow() else Several
     if weight.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return Widened
     if weight.dtype == torch.float16 and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
@@ -106,6 +120,5 @@ def fastest(model):
     linears = [module for module in model.modules() if type(module) is nn.Linear and module.weight.device.type == "cpu"]
     for linear in linears:
         linear.__class__ = kind(linear.weight)
-        if type(linear) is not nn.Linear:
-            linear.weight.data = linear.weight.contiguous()
+        linear.weight.data = linear.weight.contiguous()  # GPT-2's files have some transposed
     return model

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from generate import generate
 from model import BART, GPT, BARTConfig, GPTConfig
 from plumbing import cli, products
-from plumbing.products import InParts, Widened, fastest
+from plumbing.products import InParts, Several, Widened, fastest
 from plumbing.weights import load_model, save_pretrained
 from test_model import rough
 
@@ -89,6 +89,22 @@ def test_parts_and_onednn_find_the_same_sums(n_out, n, bias, view):
 
 
 @onednn
+@torch.inference_mode()
+@pytest.mark.parametrize("view", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("n_out, n", [(512, 8), (290, 10), (331, 1)])
+def test_several_rows_take_a_row_of_each_part_where_mkl_is_not_slow(n_out, n, bias, view, monkeypatch):
+    monkeypatch.setattr(products, "mkl_is_slow", lambda: False)
+    plain, other = pair(Several, 512, n_out, bias=bias, view=view)
+    for x in *inputs(512), torch.randn(2, 512), torch.randn(products.SEVERAL, 1, 512), torch.randn(3, 3, 512):
+        found, kernels = asked(lambda: other(x))
+        exact = F.linear(x.double(), plain.weight.double(), plain.bias.double() if bias else None)
+        assert found.shape == exact.shape and (found - exact).abs().max() <= 1e-5
+        several = n > 1 and 1 < x[..., 0].numel() <= products.SEVERAL
+        assert kernels == ("" if not several else "P" if bias else "p")
+
+
+@onednn
 @pytest.mark.usefixtures("slow")
 def test_other_kernels_are_for_large_weights_and_where_nobody_looks_on():
     _, small = pair(InParts, 512, 255)
@@ -149,8 +165,9 @@ def test_a_copy_of_another_dtype_multiplies_as_any_other(cls, dtype):
 @pytest.mark.parametrize("maker, supported, kinds", [
     ("AuthenticAMD", True, [InParts, nn.Linear, nn.Linear, nn.Linear]),
     ("AMD64 Family 25 Model 33 Stepping 2, AuthenticAMD", False, [InParts, Widened, Widened, nn.Linear]),
-    ("GenuineIntel", True, [nn.Linear] * 4), ("GenuineIntel", False, [nn.Linear, Widened, Widened, nn.Linear]),
-    ("", True, [nn.Linear] * 4)])
+    ("GenuineIntel", True, [Several, nn.Linear, nn.Linear, nn.Linear]),
+    ("GenuineIntel", False, [Several, Widened, Widened, nn.Linear]),
+    ("", True, [Several, nn.Linear, nn.Linear, nn.Linear])])
 def test_which_is_fastest_depends_on_the_processor(maker, supported, kinds, monkeypatch):
     monkeypatch.setattr(products, "mkl_is_slow", products.mkl_is_slow.__wrapped__)  # asked anew each time
     monkeypatch.setattr(products, "maker", lambda: maker)
@@ -160,6 +177,9 @@ def test_which_is_fastest_depends_on_the_processor(maker, supported, kinds, monk
     assert kinds_of(2**17) == kinds and kinds_of(2**16) == [nn.Linear, *kinds[1:3], nn.Linear]
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)  # then other libraries multiply
     assert kinds_of(2**17) == [nn.Linear, *kinds[1:]]
+    assert products.mkl_is_slow() is False
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    assert products.mkl_is_slow() is ("AMD" in maker)
 
 
 def test_without_onednn_nothing_is_asked_of_it(monkeypatch):
