@@ -6,12 +6,12 @@ The same decode step, compiled: fewer calls, fewer trips to memory, and on a GPU
 
 A plain step asks PyTorch for some three hundred operations, one after the other. But nothing about it ever changes: its
 shapes are those of one token, and where that token stands can be a tensor, whose value only the device reads. So one
-graph is the step of all requests and lengths. On a CPU it is a graph of tensors (exported.py), of which C++ is made:
-products that have been tried out on this machine, weights laid out for them once ("frozen"), and what lies between
-products, attention among it (reading.py), fused. On a GPU what it launches is recorded once, ids are chosen inside,
-greedily or by chance, and the host fetches them RUN at a time, after it has asked for the next RUN: every row goes on
-behind what it has found, or has ended. Up to 64 rows there, a step of a few small kernels takes the place of the
-compiled one (kernels.py, many_rows.py); for more, attention skips what no row sees (reading.py).
+graph is the step of all requests and lengths. On a CPU it is a graph of tensors (exported.py), of which C++ is made: of
+one row, loops and nothing else (reading.py); of several, products that have been tried out on this machine, weights
+laid out for them once ("frozen"), and fused what lies between. On a GPU what it launches is recorded once, ids are
+chosen inside, greedily or by chance, and the host fetches them RUN at a time, after it has asked for the next RUN:
+every row goes on behind what it has found, or has ended. Up to 64 rows there, a step of a few small kernels takes the
+place of the compiled one (kernels.py, many_rows.py); for more, attention skips what no row sees (reading.py).
 
 What it costs: the first request compiles, which takes seconds to a minute; rows that have ended are computed on, since
 no shape may change; on a CPU a step reads the keys and values of all the room there is. The prompt enters plainly.
@@ -40,7 +40,8 @@ from sampling import Chooser, check_finite
 
 RUN = 32    # steps that a GPU is given at once
 LEAST = 64  # positions of the shortest buffer there, where every size is recorded anew
-FASTEST = {"freezing": True, "max_autotune": True, "max_autotune_gemm_backends": "CPP,ATEN"}  # on a CPU
+WRITTEN = {"size_asserts": False}  # on a CPU, whose shapes exported.py has looked at; of several rows:
+FASTEST = WRITTEN | {"freezing": True, "max_autotune": True, "max_autotune_gemm_backends": "CPP,ATEN"}
 
 # -----------------------------------------------------------------------------
 # The step. ids: (B, length + 1) by position; at: (B, 1), where the newest id of each row stands, which is not stored.
@@ -97,30 +98,31 @@ class Steps:
     """The steps of a model with these weights, compiled, and recorded Buffers that no decoding holds at the moment."""
 
     def __init__(self, model, weights):
-        self.options, self.idle = compiler_options(model.wte.weight.device.type), {}
-        head, model = aligned(model.lm_head), reading(model)
+        self.device, self.idle = model.wte.weight.device.type, {}
+        head, model = model.lm_head, reading(model)
+        head = aligned(head) if self.device == "cuda" else model.lm_head  # whose library does that one better
         self.exported = Exported(logits_of, model)
         fast = lambda step: torch.compile(partial(own(step), model, head), fullgraph=True)
         self.logits, self.greedy = fast(logits_of), fast(greedy)
 
     @contextmanager
-    def compiling(self):
+    def compiling(self, B):
         """
-        How everything is compiled. torch.compile would give up on a function after so many versions, as on one that
-        never settles; here every version is another model, or another number of rows.
+        How a step of B rows is compiled. torch.compile would give up on a function after so many versions, as on one
+        that never settles; here every version is another model, or another number of rows.
         """
         never = dict.fromkeys(["recompile_limit", "accumulated_recompile_limit"], 2**20)
-        with torch._dynamo.config.patch(never), torch._inductor.config.patch(self.options):
+        with torch._dynamo.config.patch(never), torch._inductor.config.patch(compiler_options(self.device, B)):
             with redirect_stderr(StringIO()):  # where it tells all that it tries
                 yield
 
 
 def aligned(head):
     """
-    The same, on a GPU, with rows of zeros up to a multiple of 64, or its library has no kernel of this century: GPT-2's
-    50,257 take 154 us there, 50,304 take 21.
+    The same with rows of zeros up to a multiple of 64, or a GPU's library has no kernel of this century: GPT-2's 50,257
+    take 154 us there, 50,304 take 21.
     """
-    if type(head) is not torch.nn.Linear or not head.weight.is_cuda or not head.out_features % 64:
+    if type(head) is not torch.nn.Linear or not head.out_features % 64:
         return head
     rows = -head.out_features % 64
     with torch.inference_mode(False), torch.no_grad():
@@ -147,8 +149,8 @@ def steps(model):
     return keep(model, (*model.modules(), *numbers, *weights))
 
 
-def compiler_options(device):
-    """What the compiler is told. Raises UserError where it finds no compiler."""
+def compiler_options(device, B):
+    """What the compiler is told of a step of B rows. Raises UserError where it finds no compiler."""
     if device != "cpu":
         return {"combo_kernels": True}  # what depends on nothing of each other is one kernel
     from torch._inductor.cpp_builder import get_cpp_compiler
@@ -157,7 +159,7 @@ def compiler_options(device):
     except Exception:  # each version has its own
         raise UserError("--compile makes C++ of a step, and there is no C++ compiler: install g++ or clang++, or leave "
                         "it out") from None
-    return FASTEST
+    return FASTEST if B > 1 else WRITTEN  # products of one row are: there is nothing to be tried, or laid out anew
 
 
 # -----------------------------------------------------------------------------
@@ -197,7 +199,7 @@ class Buffers:
         else:
             step = partial(self.made.logits, *args)
         self.once = (lambda: self.draws(step()[:, :n_vocab], self.ids, self.at, self.finite)) if self.draws else step
-        with self.made.compiling():
+        with self.made.compiling(B):
             self.once()
         if self.ids.is_cuda:
             self.once = captured(self.once)
@@ -206,7 +208,7 @@ class Buffers:
         """The logits (B, V) of what follows these texts."""
         self.enter(rows)
         if self.once is None:  # on a CPU there is nothing to be recorded
-            with self.made.compiling():
+            with self.made.compiling(len(rows)):
                 self.once = self.made.exported(self.ids, self.at, self.cache, self.memory, self.sized())
         return self.once()
 
@@ -286,7 +288,7 @@ class Decoding:
     def __init__(self, model, sources, B, room, choose):
         self.model, self.B, self.choose, self.held, self.running = model, B, choose, None, None
         self.most = self.room = room
-        compiler_options(model.wte.weight.device.type)  # where there is no compiler, nothing is computed first
+        compiler_options(model.wte.weight.device.type, B)  # where there is no compiler, nothing is computed first
         self.memory, cuda = project(model, *encode(model, sources)), model.wte.weight.is_cuda
         self.steps = steps(model)  # while a GPU reads the sources
         # where asking the host is what takes time, the step itself chooses; rules are about texts, which the host has

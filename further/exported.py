@@ -63,7 +63,7 @@ class Exported:
                 graph.erase_node(node)
         for node in graph.find_nodes(op="call_function", target=torch.ops.aten._assert_tensor_metadata.default):
             graph.erase_node(node)  # stands between operations that the compiler knows as one
-        module.recompile()
+        module = torch.fx.GraphModule(module, graph)  # of which nothing keeps the compiler from finding earlier code
         inputs = [node.meta["val"] for node in graph.find_nodes(op="placeholder")]
         symbols = inputs[0].fake_mode.shape_env
         guards = symbols.produce_guards_expression(inputs, ignore_static=False)

@@ -38,6 +38,7 @@ from plumbing.report import aligned
 from plumbing.weights import load_pretrained, save_pretrained
 from train import loss_sum
 
+X86 = torch.backends.quantized.engine == "x86"  # whether PyTorch has kernels for whole numbers that are made for it
 AMX = torch.cpu._is_amx_tile_supported()  # whether this processor multiplies matrices of 8 and 16 bits by itself
 MANY = 256    # rows from which weights that are made bfloat16 first have earned it, where that is what is multiplied
 LEVELS = 127  # of either sign; -128 is left out, so that two products of 7 and 8 bits fit the kernel's 16
@@ -62,26 +63,26 @@ class Int8Linear(nn.Module):
     def of(cls, linear):
         """The Int8Linear of an nn.Linear, whose bias it takes over."""
         new = cls(linear.in_features, linear.out_features, bias=False)
-        weight = linear.weight.float()
+        weight = linear.weight.float().contiguous()  # GPT-2's are transposed in its file
         new.scale = weight.abs().amax(1) / LEVELS
         new.weight = (weight / new.scale.clamp(min=torch.finfo().tiny)[:, None]).round().to(torch.int8)
         new.bias = linear.bias
         return new.to(linear.weight)
 
     def forward(self, x):
-        rows, by = x.flatten(0, -2), self.scale
-        kernels = x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
+        rows, by = x.reshape(-1, self.in_features), self.scale
+        kernels = x.is_cpu and x.dtype in (torch.float32, torch.bfloat16)
         many = AMX and x.dtype == torch.bfloat16 and len(rows) >= MANY
         if kernels and torch.compiler.is_compiling():  # which cannot trace what is packed for the kernel below
             y = self.traced(rows)
-        elif kernels and not many and torch.backends.quantized.engine == "x86":
+        elif kernels and not many and X86:
             rows = rows.float()
             by = greatest(rows)
             y = self.whole(rows / by)  # what is no number is lost there; `by` has it
         else:
             y = F.linear(rows, self.weight.to(x.dtype)).to(torch.promote_types(x.dtype, torch.float32))
         y = y.mul_(by) if self.bias is None else y.mul_(by).add_(self.bias)  # no memory is taken for either
-        return y.to(x.dtype).unflatten(0, x.shape[:-1])
+        return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
     def traced(self, rows):
         """rows times Q, in fp32, by operations of which a compiler has kernels: one is made for single rows."""
@@ -118,7 +119,7 @@ class Int8Linear(nn.Module):
 
 def greatest(rows):
     """The largest number of each row without its sign, (rows, 1): no row depends on the others."""
-    return torch.maximum(rows.amax(1, True), -rows.amin(1, True))
+    return rows.abs().amax(1, True)
 
 
 def quantize(model):

@@ -1332,6 +1332,16 @@ def attention_written_out_for_a_compiler_takes_other_heads_for_neighbours():
         return original(q, *(x.repeat(1, q.size(1) // x.size(1), 1, 1) for x in (k, v)), mask)
 
 
+@mutant
+def rows_that_fill_no_place_of_a_matrix_are_not_read():
+    from further import reading
+
+    @around(reading, "side_by_side")
+    def side_by_side(original, weight, x):
+        n = len(weight) // reading.PLACES * reading.PLACES
+        return reading.torch.cat([original(weight[:n], x), weight[n:].sum(1).to(x.dtype)])
+
+
 # -----------------------------------------------------------------------------
 # Several ranks
 

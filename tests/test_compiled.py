@@ -165,13 +165,39 @@ def test_what_a_cpu_compiles_has_it_for_single_queries_and_shares_the_weights(mo
     other, named = reading.reading(model), dict(model.named_parameters())
     assert all(p is named[name] for name, p in other.named_parameters())
     assert not any(isinstance(m, reading.Read) for m in model.modules())
-    assert not any(isinstance(m, reading.OneRow) for m in other.modules())
+    assert {type(m) for m in other.modules() if isinstance(m, torch.nn.Linear)} == {reading.OneRow}
+    model.lm_head.weight.data = model.lm_head.weight.t().contiguous().t()
+    head = reading.reading(model).lm_head.weight
+    assert head.is_contiguous() and torch.equal(head, model.lm_head.weight)
     source = torch.tensor(prompts_of(9))
     encoded = other.encode(source)
     whole = other.decode(source, encoded)
     assert not asked
     steps = [other.decode(source[:, t : t + 1], encoded, None, True, t) for t in range(9)]
     assert len(asked) == 9 * 2 * 2 and (torch.cat(steps, 1) - whole).abs().max() <= 1e-10
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("n", [5, 8, 43])  # fewer than places, as many, and three besides
+def test_a_matrix_may_be_read_in_several_places(n, dtype, monkeypatch):
+    monkeypatch.setattr(reading, "LARGE", 1)
+    torch.manual_seed(n)
+    x, weight = torch.randn(24, dtype=dtype), torch.randn(n, 24, dtype=dtype)
+    whole = (40 * weight).to(torch.int8)
+    for matrix in weight, whole:
+        found, exact = reading.side_by_side(matrix, x), matrix.double() @ x.double()
+        assert found.dtype == torch.promote_types(dtype, torch.float32)  # nothing has been rounded to bfloat16
+        assert (found - exact).abs().max() <= (1e-12 if dtype == torch.float64 else 1e-6 * exact.abs().max())
+
+
+def test_one_row_of_whole_numbers_is_rounded_nowhere_and_others_as_ever(monkeypatch):
+    monkeypatch.setattr(whole_numbers, "AMX", True)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    other = reading.reading(quantize(made("gpt", torch.float32)))
+    head, x = other.lm_head, torch.randn(3, 32)
+    exact = x @ (head.weight * head.scale[:, None]).T
+    assert type(head) is reading.OneRowOfWhole and (head(x[:1]) - exact[:1]).abs().max() <= 1e-5
+    assert torch.equal(head(x), whole_numbers.Int8Linear.forward(head, x)) and (head(x) - exact).abs().max() > 1e-4
 
 
 def test_the_compiler_knows_every_product_of_whole_numbers_where_there_is_amx(monkeypatch):

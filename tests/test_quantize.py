@@ -58,7 +58,9 @@ def test_no_weight_moves_by_more_than_half_a_level_of_its_own_row():
     with torch.no_grad():
         linear.weight *= torch.logspace(-6, 3, 8)[:, None]
         linear.weight[3] = 0
+        linear.weight.data = linear.weight.t().contiguous().t()  # as GPT-2's lie
     whole = Int8Linear.of(linear)
+    assert whole.weight.is_contiguous()
     for o in range(8):
         row, q, s = linear.weight[o], whole.weight[o].double(), whole.scale[o].double()
         assert (row - q * s).abs().max() <= s / 2 * (1 + 1e-5)
@@ -133,6 +135,7 @@ def test_sums_do_not_overflow_where_all_numbers_are_largest():
 def test_many_rows_in_bfloat16_are_not_rounded_to_levels_where_there_is_amx(monkeypatch):
     """They are multiplied in bfloat16, by the whole numbers, each of which is one there."""
     monkeypatch.setattr(command, "MANY", 4)
+    monkeypatch.setattr(command, "AMX", False)
     torch.manual_seed(6)
     whole, x = Int8Linear.of(nn.Linear(64, 32)).bfloat16(), torch.randn(2, 2, 64).bfloat16()
     with torch.no_grad():
@@ -155,7 +158,8 @@ def test_what_is_packed_follows_the_weights():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_it_can_be_compiled_whole(dtype):
+def test_it_can_be_compiled_whole(dtype, monkeypatch):
+    monkeypatch.setattr(command, "AMX", False)
     torch.manual_seed(4)
     whole, x = Int8Linear.of(nn.Linear(64, 32)).to(dtype), torch.randn(2, 3, 64).to(dtype)
     with torch.inference_mode():
@@ -173,11 +177,13 @@ def test_it_can_be_compiled_whole(dtype):
 def test_what_is_saved_is_loaded_bit_for_bit(cls, tie, tmp_path):
     config = copy.copy(CONFIGS[cls])
     config.tie_weights = tie
+    namesake = type(cls.__name__, (cls,), {})  # as torch.export leaves them behind
     torch.manual_seed(1)
     whole = quantize(rough(cls(config), torch.float32))
     save_pretrained(tmp_path, whole)
     assert json.loads((tmp_path / "config.json").read_text())["quantization"] == "int8"
     loaded, _ = load_pretrained(tmp_path)
+    assert type(loaded) is cls is not namesake
     old, new = whole.state_dict(), loaded.state_dict()
     assert old.keys() == new.keys() and all(torch.equal(new[name], x) for name, x in old.items())
     assert all(new[name].dtype == x.dtype for name, x in old.items())
