@@ -115,7 +115,7 @@ class OneRow(nn.Linear):
     def forward(self, x):
         if x.numel() > self.in_features:
             return super().forward(x)
-        y = side_by_side(self.weight, x.flatten())
+        y = (self.weight * x.flatten()).sum(-1) if x.is_cuda else side_by_side(self.weight, x.flatten())  # (out,)
         return (y if self.bias is None else y + self.bias).to(x.dtype).view(*x.shape[:-1], -1)
 
 
@@ -129,7 +129,8 @@ class OneRowOfWhole(Int8Linear):
 def side_by_side(weight, x):
     """weight (out, in) times x (in,), in fp32 at least: sums of parts of it, which a compiler makes one loop."""
     exact = torch.promote_types(x.dtype, torch.float32)
-    places = 1 if x.is_cuda or weight.numel() < LARGE else PLACES
+    x = x.to(exact).as_strided(x.shape, x.stride())  # a view needs memory: else every row computes its input again
+    places = PLACES if weight.numel() >= LARGE else 1
     parts = weight.split(max(1, len(weight) // places))  # and what is left over
     return torch.cat([(part.to(exact) * x).sum(-1) for part in parts])
 
