@@ -100,7 +100,7 @@ class Steps:
     def __init__(self, model, weights):
         self.device, self.idle = model.wte.weight.device.type, {}
         head, model = model.lm_head, reading(model)
-        head = aligned(head) if self.device == "cuda" else model.lm_head  # whose library does that one better
+        head = aligned(head) if self.device == "cuda" else model.lm_head  # a GPU's library does that product better
         self.exported = Exported(logits_of, model)
         fast = lambda step: torch.compile(partial(own(step), model, head), fullgraph=True)
         self.logits, self.greedy = fast(logits_of), fast(greedy)

@@ -137,8 +137,8 @@ def side_by_side(weight, x):
 
 def reading(model):
     """The model whose decode steps use these, where they can: a copy around the same weights."""
-    head_dim = model.config.n_embd // model.config.n_head
-    if not model.wte.weight.is_cuda:
+    head_dim, cuda = model.config.n_embd // model.config.n_head, model.wte.weight.is_cuda
+    if not cuda:
         ours = {Causal: WrittenCausal, Everything: WrittenEverything, Int8Linear: OneRowOfWhole}
         ours |= dict.fromkeys((nn.Linear, InParts, Several, Widened), OneRow)
     elif triton and head_dim == up(head_dim):
@@ -150,6 +150,6 @@ def reading(model):
     with torch.inference_mode(False), torch.no_grad():
         for module in copy.modules():
             module.__class__ = ours.get(type(module), type(module))
-            if isinstance(module, OneRow) and not module.weight.is_contiguous():  # GPT-2's, as its file has them
+            if isinstance(module, OneRow) and not (cuda or module.weight.is_contiguous()):  # as GPT-2's file has them
                 module.weight = nn.Parameter(module.weight.contiguous(), requires_grad=False)
     return copy
