@@ -40,8 +40,8 @@ from sampling import Choice, Chooser
 def pad(rows, device, value=0):
     """Lists of ids as a tensor (B, longest), padded on the right with value."""
     width = max(map(len, rows))
-    rows = [array("q", [*row, *[value] * (width - len(row))]) for row in rows]  # 64 bits each, which torch can read
-    return torch.stack([torch.frombuffer(row, dtype=torch.long) for row in rows]).to(device)
+    ids = array("q", [i for row in rows for i in (*row, *[value] * (width - len(row)))])  # 64 bits, as torch reads them
+    return torch.frombuffer(ids, dtype=torch.long).view(len(rows), width).to(device)
 
 
 @torch.inference_mode()
@@ -149,9 +149,10 @@ def cached(model, sources, B, room, choose, cache=None):  # cache: an empty one,
             memory = memory and memory.take([kept.index(s) for s in needed])
         held, kept, n = which, needed, len(rows) // len(cache.filled)  # samples of a prompt are one until they differ
         restart(model, texts, cache, memory)
-        logits = advance(model, texts[::n], cache, memory)[:, 0].repeat_interleave(n, 0)
+        logits = advance(model, texts[::n], cache, memory)[:, 0]
         if n > 1:
             cache.expand(n)
+            logits = logits.repeat_interleave(n, 0)
         return choose(logits, rows, which)
 
     return step

@@ -8,10 +8,11 @@ A plain step asks PyTorch for some three hundred operations, one after the other
 shapes are those of one token, and where that token stands can be a tensor, whose value only the device reads. So one
 graph is the step of all requests and lengths. On a CPU it is a graph of tensors (exported.py), of which C++ is made: of
 one row, loops and nothing else (reading.py); of several, products that have been tried out on this machine, weights
-laid out for them once ("frozen"), and fused what lies between. On a GPU what it launches is recorded once, ids are
-chosen inside, greedily or by chance, and the host fetches them RUN at a time, after it has asked for the next RUN:
-every row goes on behind what it has found, or has ended. Up to 64 rows there, a step of a few small kernels takes the
-place of the compiled one (kernels.py, many_rows.py); for more, attention skips what no row sees (reading.py).
+laid out for them once ("frozen"), and fused what lies between. The most likely id is found inside, and every row goes
+on behind it, also one that has ended. On a GPU what a step launches is recorded once, ids are drawn inside as well, and
+the host fetches them RUN at a time, after it has asked for the next RUN. Up to 64 rows there, a step of a few small
+kernels takes the place of the compiled one (kernels.py, many_rows.py); for more, attention skips what no row sees
+(reading.py).
 
 What it costs: the first request compiles, which takes seconds to a minute; rows that have ended are computed on, since
 no shape may change; on a CPU a step reads the keys and values of all the room there is. The prompt enters plainly.
@@ -19,9 +20,8 @@ no shape may change; on a CPU a step reads the keys and values of all the room t
 
 import weakref
 from copy import copy
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager
 from functools import lru_cache, partial
-from io import StringIO
 from types import FunctionType
 
 import torch
@@ -29,19 +29,16 @@ from torch.nn import functional as F
 
 from attention import NOWHERE
 from cache import Memory
-from further.exported import Exported
+from further.exported import Exported, check_compiler
 from further.many_rows import kind_of
 from further.reading import reading
 from generate import advance, encode, project
 from plumbing.checks import check_room
-from plumbing.errors import UserError
 from plumbing.utils import captured
 from sampling import Chooser, check_finite
 
 RUN = 32    # steps that a GPU is given at once
 LEAST = 64  # positions of the shortest buffer there, where every size is recorded anew
-WRITTEN = {"size_asserts": False}  # on a CPU, whose shapes exported.py has looked at; of several rows:
-FASTEST = WRITTEN | {"freezing": True, "max_autotune": True, "max_autotune_gemm_backends": "CPP,ATEN"}
 
 # -----------------------------------------------------------------------------
 # The step. ids: (B, length + 1) by position; at: (B, 1), where the newest id of each row stands, which is not stored.
@@ -62,9 +59,11 @@ def write(scores, chosen, ids, at, finite):
 
 
 def greedy(model, head, ids, at, cache, memory, finite, n_vocab):
-    """The most likely id is written."""
+    """The most likely id of each row is written. Returns them, (B, 1)."""
     scores = logits_of(model, head, ids, at, cache, memory)[:, :n_vocab]
-    write(scores, scores.argmax(-1, keepdim=True), ids, at, finite)
+    chosen = scores.argmax(-1, keepdim=True)
+    write(scores, chosen, ids, at, finite)
+    return chosen
 
 
 class Draws:
@@ -98,23 +97,21 @@ class Steps:
     """The steps of a model with these weights, compiled, and recorded Buffers that no decoding holds at the moment."""
 
     def __init__(self, model, weights):
-        self.device, self.idle = model.wte.weight.device.type, {}
-        head, model = model.lm_head, reading(model)
-        head = aligned(head) if self.device == "cuda" else model.lm_head  # a GPU's library does that product better
-        self.exported = Exported(logits_of, model)
+        self.idle, head, model = {}, model.lm_head, reading(model)
+        self.exported = Exported(model)
+        head = aligned(head) if head.weight.is_cuda else head  # a GPU's library does that product better than loops
         fast = lambda step: torch.compile(partial(own(step), model, head), fullgraph=True)
         self.logits, self.greedy = fast(logits_of), fast(greedy)
 
     @contextmanager
-    def compiling(self, B):
+    def compiling(self):
         """
-        How a step of B rows is compiled. torch.compile would give up on a function after so many versions, as on one
-        that never settles; here every version is another model, or another number of rows.
+        How a step to be recorded is compiled. torch.compile would give up on a function after so many versions, as on
+        one that never settles; here every version is another model, or another number of rows.
         """
         never = dict.fromkeys(["recompile_limit", "accumulated_recompile_limit"], 2**20)
-        with torch._dynamo.config.patch(never), torch._inductor.config.patch(compiler_options(self.device, B)):
-            with redirect_stderr(StringIO()):  # where it tells all that it tries
-                yield
+        with torch._dynamo.config.patch(never), torch._inductor.config.patch(combo_kernels=True):
+            yield  # what depends on nothing of each other is one kernel
 
 
 def aligned(head):
@@ -149,19 +146,6 @@ def steps(model):
     return keep(model, (*model.modules(), *numbers, *weights))
 
 
-def compiler_options(device, B):
-    """What the compiler is told of a step of B rows. Raises UserError where it finds no compiler."""
-    if device != "cpu":
-        return {"combo_kernels": True}  # what depends on nothing of each other is one kernel
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    try:
-        get_cpp_compiler()
-    except Exception:  # each version has its own
-        raise UserError("--compile makes C++ of a step, and there is no C++ compiler: install g++ or clang++, or leave "
-                        "it out") from None
-    return FASTEST if B > 1 else WRITTEN  # products of one row are: there is nothing to be tried, or laid out anew
-
-
 # -----------------------------------------------------------------------------
 # What a decoding holds
 
@@ -173,10 +157,12 @@ class Buffers:
     """
 
     def __init__(self, model, made, B, length, memory):
-        self.made, self.once, self.kernels, device = made, None, None, model.wte.weight.device
-        self.ids = torch.zeros(B, length + 1, dtype=torch.long, device=device)
-        self.at = torch.zeros(B, 1, dtype=torch.long, device=device)
-        self.finite = torch.ones(B, dtype=torch.bool, device=device)
+        self.made, self.once, self.kernels, self.draws, self.arrays = made, None, None, None, None
+        device = model.wte.weight.device
+        with torch.inference_mode(False):  # what has been made in that mode no exported step may write into
+            self.ids = torch.zeros(B, length + 1, dtype=torch.long, device=device)
+            self.at = torch.zeros(B, 1, dtype=torch.long, device=device)
+            self.finite = torch.ones(B, dtype=torch.bool, device=device)
         self.cache, self.memory = model.new_cache(B, length), memory
         if memory is not None:
             kv = [tuple(x.contiguous() for x in pair) for pair in memory.kv]  # nobody else has them
@@ -199,31 +185,28 @@ class Buffers:
         else:
             step = partial(self.made.logits, *args)
         self.once = (lambda: self.draws(step()[:, :n_vocab], self.ids, self.at, self.finite)) if self.draws else step
-        with self.made.compiling(B):
+        with self.made.compiling():
             self.once()
         if self.ids.is_cuda:
             self.once = captured(self.once)
 
-    def step(self, rows):
-        """The logits (B, V) of what follows these texts."""
-        self.enter(rows)
-        if self.once is None:  # on a CPU there is nothing to be recorded
-            with self.made.compiling(len(rows)):
-                self.once = self.made.exported(self.ids, self.at, self.cache, self.memory, self.sized())
-        return self.once()
+    def trace(self, model, choose=None):
+        """The same on a CPU, where nothing is recorded. The cache has its buffers: the prompts have entered."""
+        n_vocab = choose and choose.choice.n_vocab or model.config.vocab_size
+        step, more = (greedy, (self.finite, n_vocab)) if choose else (logits_of, ())
+        self.arrays = self.ids.numpy(), self.finite.numpy()  # the same memory
+        self.once = self.made.exported(step, self.ids, self.at, self.cache, self.memory, more, self.sized())
 
     def run(self, times):
         """
-        So many steps, from where the rows are. What they will have found, (B, times), whether it is finite, (B,), and
-        what to wait for before looking at either: more steps may be asked for until then.
+        So many steps, from where the rows are. times; the ids as they will be then; whether all scores were finite,
+        (B,); and what to wait for before looking at either, which are arrays: a GPU may be asked for more until then.
         """
-        at = self.at + torch.arange(1, times + 1, device=self.at.device)  # at the end there may be room for fewer
         for _ in range(times):
             self.once()
-        found = self.ids.gather(1, at.clamp_(max=self.ids.size(1) - 1)), self.finite.clone()
-        found = [x.to("cpu", non_blocking=True) for x in found]
+        found = self.arrays or [x.to("cpu", non_blocking=True).numpy() for x in (self.ids, self.finite)]
         there = torch.cuda.current_stream().record_event().synchronize if self.ids.is_cuda else lambda: None
-        return *found, there
+        return times, *found, there
 
     def sized(self):
         """All tensors as long as a text or a source, and in which dimension: one graph serves every length."""
@@ -286,13 +269,17 @@ class Decoding:
     """A step(rows, which) as generate.py's. The first takes Buffers, which are given back where they are recorded."""
 
     def __init__(self, model, sources, B, room, choose):
-        self.model, self.B, self.choose, self.held, self.running = model, B, choose, None, None
+        self.model, self.B, self.choose, self.held, self.running, self.entered = model, B, choose, None, None, False
         self.most = self.room = room
-        compiler_options(model.wte.weight.device.type, B)  # where there is no compiler, nothing is computed first
-        self.memory, cuda = project(model, *encode(model, sources)), model.wte.weight.is_cuda
+        device = model.wte.weight.device.type
+        self.recorded, cuda = device != "cpu", device == "cuda"
+        if not self.recorded:
+            check_compiler()  # before anything is computed
+        self.memory = project(model, *encode(model, sources))
         self.steps = steps(model)  # while a GPU reads the sources
-        # where asking the host is what takes time, the step itself chooses; rules are about texts, which the host has
-        self.inside = cuda and type(choose) is Chooser and not (choose.watch or choose.rules)
+        # asking the host takes time, so the step itself chooses; but rules are about texts, which the host has
+        self.inside = (type(choose) is Chooser and not (choose.watch or choose.rules)
+                       and (cuda or not self.recorded and choose.choice.temperature == 0))
         if cuda:
             self.room = bucket(room, model.config.block_size)
         if self.memory:
@@ -311,7 +298,7 @@ class Decoding:
             self.buffers.read(self.memory)
         else:
             self.buffers = Buffers(self.model, self.steps, B, self.room, self.memory)
-            if self.inside or self.buffers.ids.device.type != "cpu":
+            if self.recorded:
                 self.buffers.record(self.model, self.choose if self.inside else None)
         if self.buffers.ids.is_cuda:  # elsewhere nothing depends on where they are
             weakref.finalize(self, idle.append, self.buffers)
@@ -326,26 +313,28 @@ class Decoding:
                 return self.choose(logits, rows, which)
         for r, row in zip(which, rows):
             self.held[r] = row  # rows that have ended are held as well: they find what they have found
+        buffers = self.buffers
+        if buffers.once is None:  # on a CPU, whose first tokens need not wait for the compiler
+            buffers.trace(self.model, self.choose if self.inside else None)
+        if not self.inside or not self.entered:
+            buffers.enter(self.held)
+            self.entered = True
+            if buffers.draws:
+                buffers.draws.enter(self.choose, self.held)
         if not self.inside:
-            logits = self.buffers.step(self.held)
+            logits = buffers.once()
             every = which == list(range(len(logits)))  # then nothing need be copied
             return self.choose(logits if every else logits[which], rows, which)
-        left = self.most - min(map(len, rows))
-        if self.running is None:
-            self.buffers.enter(self.held)
-            if self.buffers.draws:
-                self.buffers.draws.enter(self.choose, self.held)
-            self.launch(1)  # so that there is something to be read soon
-        times, found, finite, there = self.running
-        self.launch(left - times)
+        times, ids, finite, there = self.running or buffers.run(1)  # so that there is something to be read soon
+        if self.recorded:
+            self.launch(self.most - min(map(len, rows)) - times)
         there()
-        check_finite(finite[which].tolist())
-        return [ids[: self.room + 1 - len(row)] for row, ids in zip(rows, found[which].tolist())]
+        check_finite(finite[r] for r in which)
+        return [ids[r, len(row) : len(row) + times].tolist() for r, row in zip(which, rows)]
 
     def launch(self, left):
         """The next run, if there is something left to be found: it takes the place of the one before."""
-        times = min(RUN, left)
-        self.running = (times, *self.buffers.run(times)) if times > 0 else None
+        self.running = self.buffers.run(min(RUN, left)) if left > 0 else None
 
 
 def compiled(model, sources, B, room, choose):

@@ -9,12 +9,14 @@ import torch
 import generate as program
 from attention import NOWHERE, attend_explicit
 from further import compiled as module
+from further import exported
 from further import quantize as whole_numbers
 from further import reading
 from further.compiled import compiled, greedy, padded
 from further.quantize import quantize
 from generate import advance, encode, generate, project
 from model import BART, GPT, BARTConfig, GPTConfig
+from plumbing.errors import NonFiniteError
 from sampling import Choice, Chooser
 from test_cli import call
 from test_model import rough
@@ -26,7 +28,7 @@ SIZES = dict(n_head=4, n_kv_head=2, n_embd=32, vocab_size=61, block_size=48)
 def no_trials():
     """Which of several products is the fastest changes no number, and takes minutes to find out."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "FASTEST", {"freezing": True})
+        patch.setattr(exported, "FASTEST", {"freezing": True})
         yield
 
 
@@ -125,6 +127,23 @@ def test_a_model_that_is_made_otherwise_is_compiled_anew(no_code):
 def test_rules_and_draws_are_those_of_the_plain_step(options, no_code):
     model, prompts = made("bart"), prompts_of(6, 3)
     assert generate(model, prompts, 15, strategy=compiled, **options) == generate(model, prompts, 15, **options)
+
+
+@pytest.mark.parametrize("kind", ["gpt", "bart"])
+def test_the_most_likely_id_is_found_inside(kind, no_code):
+    """Of those that count, whichever; rows that have ended go on and disturb nobody."""
+    model, prompts = made(kind), prompts_of(6, 3, 9)
+    whole = generate(model, prompts, 20)
+    for options in dict(n_vocab=20), {}, dict(n_vocab=20, max_new_tokens=[20, 4, 9]), dict(stop=[[whole[1][4]]]):
+        options = dict(max_new_tokens=20) | options
+        assert generate(model, prompts, strategy=compiled, **options) == generate(model, prompts, **options)
+    codes = module.steps(model).exported.codes
+    assert [step for (step, *_), *_ in codes] == [greedy, greedy]  # for n_vocab is part of the code
+    steps = program.stream(model, prompts, 9, strategy=compiled)
+    next(steps), next(steps)
+    model.lm_head.weight.data[3, 0] = torch.nan
+    with pytest.raises(NonFiniteError):
+        next(steps)
 
 
 def test_whoever_chooses_may_be_any_function(no_code):
@@ -273,7 +292,7 @@ def test_ids_that_the_steps_have_chosen_are_fetched_some_at_a_time(kind, choice,
     expected = generate(model, prompts, 18, ignore_eos=True, **choice)
     limits = [len(rows[0]) + 18, len(rows[1]) + 7]
     step = compiled(model, sources, 2, max(limits), Chooser(Choice(**choice), limits=limits))
-    step.inside, texts = True, [[], []]
+    step.inside, step.recorded, texts = True, True, [[], []]
     monkeypatch.setattr(module.Buffers, "run", lambda self, times, run=module.Buffers.run:
                         asked.append(times) or run(self, times))
     monkeypatch.setattr(module, "advance", lambda *args: passes.append([list(row) for row in args[1]]) or advance(*args))
@@ -313,7 +332,10 @@ def test_buffers_serve_another_request(recorded, no_code):
             for _ in range(5):
                 assert (found - expected).abs().max() <= 1e-10
                 rows = [row + new for row, new in zip(rows, expected.argmax(-1, keepdim=True).tolist())]
-                expected, found = advance(model, rows, cache, memory)[:, 0], buffers.step(rows)
+                if not buffers.once:
+                    buffers.trace(model)
+                buffers.enter(rows)
+                expected, found = advance(model, rows, cache, memory)[:, 0], buffers.once()
 
 
 def test_one_recorded_step_draws_at_all_temperatures_and_by_all_seeds():
