@@ -165,7 +165,9 @@ class Buffers:
             self.finite = torch.ones(B, dtype=torch.bool, device=device)
         self.cache, self.memory = model.new_cache(B, length), memory
         if memory is not None:
-            kv = [tuple(x.contiguous() for x in pair) for pair in memory.kv]  # nobody else has them
+            # a CPU's loops sum a source's values number by number: those of all keys lie together, like a matrix's row
+            laid = (lambda v: v.mT.contiguous().mT) if device.type == "cpu" else torch.Tensor.contiguous
+            kv = [(k.contiguous(), laid(v)) for k, v in memory.kv]  # nobody else has them
             self.memory = Memory(kv, memory.key_pos.clone())
 
     def record(self, model, choose=None):
