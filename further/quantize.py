@@ -70,19 +70,17 @@ class Int8Linear(nn.Module):
         return new.to(linear.weight)
 
     def forward(self, x):
-        rows, by = x.reshape(-1, self.in_features), self.scale
-        kernels = x.is_cpu and x.dtype in (torch.float32, torch.bfloat16)
-        many = AMX and x.dtype == torch.bfloat16 and len(rows) >= MANY
+        by, kernels = self.scale, x.is_cpu and x.dtype in (torch.float32, torch.bfloat16)
+        many = AMX and x.dtype == torch.bfloat16 and x.numel() >= MANY * self.in_features
         if kernels and torch.compiler.is_compiling():  # which cannot trace what is packed for the kernel below
-            y = self.traced(rows)
+            y = self.traced(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
         elif kernels and not many and X86:
-            rows = rows.float()
-            by = greatest(rows)
-            y = self.whole(rows / by)  # what is no number is lost there; `by` has it
+            by = greatest(x.float())
+            y = self.whole(x.float() / by)  # what is no number is lost there; `by` has it
         else:
-            y = F.linear(rows, self.weight.to(x.dtype)).to(torch.promote_types(x.dtype, torch.float32))
+            y = F.linear(x, self.weight.to(x.dtype)).to(torch.promote_types(x.dtype, torch.float32))
         y = y.mul_(by) if self.bias is None else y.mul_(by).add_(self.bias)  # no memory is taken for either
-        return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
+        return y.to(x.dtype)
 
     def traced(self, rows):
         """rows times Q, in fp32, by operations of which a compiler has kernels: one is made for single rows."""
@@ -94,7 +92,7 @@ class Int8Linear(nn.Module):
 
     @cached_property
     def whole(self):
-        """A function: x (rows, in) fp32 from -1 to 1, rounded to 127 levels (7 bits, or sums overflow), times s Q."""
+        """A function: x (..., in) fp32 from -1 to 1, rounded to 127 levels (7 bits, or sums overflow), times s Q."""
         with warnings.catch_warnings():  # that such tensors will go one day
             warnings.simplefilter("ignore")
             q = torch._make_per_channel_quantized_tensor(self.weight, self.scale.double(),
@@ -118,8 +116,8 @@ class Int8Linear(nn.Module):
 
 
 def greatest(rows):
-    """The largest number of each row without its sign, (rows, 1): no row depends on the others."""
-    return rows.abs().amax(1, True)
+    """The largest number of each row without its sign, (..., 1): no row depends on the others."""
+    return rows.abs().amax(-1, True)
 
 
 def quantize(model):
