@@ -11,8 +11,9 @@ W ~ diag(s) Q with s = max |W| / 127 along the row, so no weight moves by more t
 embedding is only looked up. A linear stands where a linear stood, so whatever decodes, counts or compares goes on.
 
 In fp64 products are exactly those with s Q. In fp32 and bf16 an x86 CPU multiplies whole numbers, for which the input
-is rounded as well, each row of it to 127 levels: that is where the speed comes from, and most of the error. (Compiled
-for one row, or without AMX, input and result are rounded to bf16 instead; so are many rows in bf16 where there is AMX.)
+is rounded as well, each row of it to 127 levels, or 255 where there is AMX: that is where the speed comes from, and
+most of the error. (Compiled for one row, or without AMX, input and result are rounded to bf16 instead; so are many rows
+in bf16 where there is AMX.)
 With --source, the second command says what rounding costs on held-out text: logits, and loss.
 """
 
@@ -42,6 +43,7 @@ X86 = torch.backends.quantized.engine == "x86"  # whether PyTorch has kernels fo
 AMX = torch.cpu._is_amx_tile_supported()  # whether this processor multiplies matrices of 8 and 16 bits by itself
 MANY = 256    # rows from which weights that are made bfloat16 first have earned it, where that is what is multiplied
 LEVELS = 127  # of either sign; -128 is left out, so that two products of 7 and 8 bits fit the kernel's 16
+PACKED = "one", "several"  # what an Int8Linear has packed
 BATCHES = 100  # of eight held-out rows, at most
 
 
@@ -75,8 +77,9 @@ class Int8Linear(nn.Module):
         if kernels and torch.compiler.is_compiling():  # which cannot trace what is packed for the kernel below
             y = self.traced(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
         elif kernels and not many and X86:
-            by = greatest(x.float())
-            y = self.whole(x.float() / by)  # what is no number is lost there; `by` has it
+            by, alone = greatest(x.float()) / steps(), x.numel() == self.in_features
+            whole = self.one if alone or not AMX else self.several
+            y = whole((x.float() / by).round_())  # what is no number is lost there; `by` has it
         else:
             y = F.linear(x, self.weight.to(x.dtype)).to(torch.promote_types(x.dtype, torch.float32))
         y = y.mul_(by) if self.bias is None else y.mul_(by).add_(self.bias)  # no memory is taken for either
@@ -91,28 +94,45 @@ class Int8Linear(nn.Module):
         return torch._int_mm((rows / most).round().to(torch.int8), self.weight.t()).float() * most
 
     @cached_property
-    def whole(self):
-        """A function: x (..., in) fp32 from -1 to 1, rounded to 127 levels (7 bits, or sums overflow), times s Q."""
+    def one(self):
+        """A function: x (..., in) fp32, of whole numbers from -steps() to steps(), times s Q. The fastest for a row."""
         with warnings.catch_warnings():  # that such tensors will go one day
             warnings.simplefilter("ignore")
             q = torch._make_per_channel_quantized_tensor(self.weight, self.scale.double(),
-                                                         torch.zeros_like(self.scale, dtype=torch.long), 0)
+                                                         torch.zeros_like(self.scale).long(), 0)
             packed = torch.ops.quantized.linear_prepack(q, None)  # the weights once more, in the kernel's order
-        return lambda x: torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(x, 1 / 63, 64, packed)
+        zero = steps() + 1  # which number stands for 0
+        return lambda x: torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(x, 1.0, zero, packed)
+
+    @cached_property
+    def several(self):
+        """The same by AMX, twice as fast for hundreds of rows. They are packed in its order as well."""
+        packed, zeros = torch.ops.onednn.qlinear_prepack(self.weight, None), torch.zeros_like(self.scale).long()
+        return lambda x: torch.ops.onednn.qlinear_pointwise(x.to(torch.int8), 1.0, 0, packed, self.scale, zeros, None,
+                                                            1.0, 0, torch.float32, "none", [], "")
+
+    def unpack(self):
+        for name in PACKED:
+            self.__dict__.pop(name, None)
 
     def __getstate__(self):  # a copy packs for itself
-        return {name: value for name, value in self.__dict__.items() if name != "whole"}
+        return {name: value for name, value in self.__dict__.items() if name not in PACKED}
 
     def _apply(self, fn, recurse=True):
         scale = self.scale
         super()._apply(fn, recurse)
         self.scale = scale.to(self.weight.device)
-        self.__dict__.pop("whole", None)
+        self.unpack()
         return self
 
     def _load_from_state_dict(self, *args):
         super()._load_from_state_dict(*args)
-        self.__dict__.pop("whole", None)
+        self.unpack()
+
+
+def steps():
+    """Whole numbers of either sign that an input may become: 7 bits, or sums overflow; AMX does not add in 16."""
+    return LEVELS if AMX else LEVELS // 2
 
 
 def greatest(rows):

@@ -102,10 +102,12 @@ def test_cached_is_uncached(cls):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("traced", [False, True], ids=["plain", "as a compiler sees it where there is AMX"])
-def test_the_kernel_errs_by_half_a_level_of_each_input_at_most(dtype, traced, monkeypatch):
-    """A row x has 127 levels from -max |x| to max |x|, or twice as many, so no x moves by more than max |x| / 127."""
-    monkeypatch.setattr(command, "AMX", traced)
+@pytest.mark.parametrize("amx, traced", [
+    (False, False), pytest.param(True, False, marks=pytest.mark.skipif(not command.AMX, reason="AMX is needed")),
+    (True, True)], ids=["plain", "plain, by AMX", "as a compiler sees it where there is AMX"])
+def test_the_kernel_errs_by_half_a_level_of_each_input_at_most(dtype, amx, traced, monkeypatch):
+    """A row x has 127 levels from -max |x| to max |x|, so no x moves by more than max |x| / 126; or twice as many."""
+    monkeypatch.setattr(command, "AMX", amx)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: traced)
     torch.manual_seed(3)
     whole = Int8Linear.of(nn.Linear(70, 33)).to(dtype)
@@ -113,7 +115,7 @@ def test_the_kernel_errs_by_half_a_level_of_each_input_at_most(dtype, traced, mo
     x[0, 0] = 0
     with torch.no_grad():
         y, exact = whole(x).double(), copy.deepcopy(whole).double()(x.double())
-        levels = x.double().abs().amax(-1, keepdim=True) / 127
+        levels = x.double().abs().amax(-1, keepdim=True) / (254 if amx else 126)
         moved = levels * (whole.weight.double() * whole.scale.double()[:, None]).abs().sum(1)
         bound = moved * (1 + 1e-5) + (exact.abs() + moved) * torch.finfo(dtype).eps * 2 + 1e-7
         assert y.shape == (5, 3, 33) and ((y - exact).abs() <= bound).all()
@@ -143,7 +145,7 @@ def test_many_rows_in_bfloat16_are_not_rounded_to_levels_where_there_is_amx(monk
         monkeypatch.setattr(command, "AMX", True)
         assert ((whole(x) - exact).abs() <= 2 * torch.finfo(torch.bfloat16).eps * exact.abs().amax(-1, True)).all()
         assert (whole(x) - exact).norm() < (rounded - exact).norm() / 2  # the levels are what errs most
-        assert torch.equal(whole(x[:, :1]), rounded[:, :1])              # fewer rows, as ever
+        assert not torch.equal(whole(x[:, :1]), whole(x)[:, :1])         # fewer rows are
         assert not torch.equal(whole.float()(x.float()).bfloat16(), whole.bfloat16()(x))
 
 
