@@ -131,7 +131,8 @@ def test_sums_do_not_overflow_where_all_numbers_are_largest():
     whole = Int8Linear(64, 4, bias=False)
     whole.weight.fill_(127)
     whole.scale.fill_(1.0)
-    assert (whole(torch.ones(2, 64)) / (64 * 127) - 1).abs().max() <= 1 / 127 + 1e-6
+    for rows in 1, 2:  # which may have a kernel each
+        assert (whole(torch.ones(rows, 64)) / (64 * 127) - 1).abs().max() <= 1 / 127 + 1e-6
 
 
 def test_many_rows_in_bfloat16_are_not_rounded_to_levels_where_there_is_amx(monkeypatch):
