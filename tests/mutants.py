@@ -1175,6 +1175,16 @@ def code_serves_shapes_that_it_was_not_written_for():
 
 
 @mutant
+def ids_are_found_by_code_of_another_vocabulary():
+    from further import exported
+
+    @around(exported.Exported, "__call__")
+    def call(original, self, step, ids, at, cache, memory, more, sized):
+        more = more and (more[0], self.__dict__.setdefault("n_vocab", more[1]))
+        return original(self, step, ids, at, cache, memory, more, sized)
+
+
+@mutant
 def code_of_modules_stays_when_they_change():
     compiled = compiled_module()
     compiled.steps = lambda model: compiled.keep(model, tuple(x.data_ptr() for x in model.parameters()) + tuple(
