@@ -57,7 +57,7 @@ class Exported:
     """
 
     def __init__(self, model):
-        self.model, self.codes = model, []
+        self.model, self.codes, self.served = model, [], {}
 
     def __call__(self, step, ids, at, cache, memory, more, sized):
         """
@@ -67,8 +67,12 @@ class Exported:
         args = ids, at, cache.k, cache.v, cache.places, memory, more
         tensors = [x for x in tree_leaves(args) if isinstance(x, torch.Tensor)]
         kind = step, len(tensors), *(x for x in more if not isinstance(x, torch.Tensor))
-        serves = (code for of, holds, code in self.codes if of == kind and holds(tensors))
-        code = next(serves, None) or self.compile(kind, cache, args, {id(x): axis for x, axis in sized})
+        asked = kind, *(x.shape for x in tensors)
+        if asked not in self.served:  # to ask a graph takes as long as some steps of a small model
+            serves = (code for of, holds, code in self.codes if of == kind and holds(tensors))
+            code = next(serves, None) or self.compile(kind, cache, args, {id(x): axis for x, axis in sized})
+            self.served[asked] = code
+        code = self.served[asked]
         return lambda: code(*tensors)[0]
 
     def compile(self, kind, cache, args, axes):
@@ -88,7 +92,6 @@ class Exported:
         inputs = [node.meta["val"] for node in graph.find_nodes(op="placeholder")]
         symbols = inputs[0].fake_mode.shape_env
         guards = symbols.produce_guards_expression(inputs, ignore_static=False)
-        guards = compile(guards, "guards", "eval")  # once: it is long, and asked in every request
         options = FASTEST if len(args[0]) > 1 else WRITTEN
         with torch._inductor.config.patch(options), redirect_stderr(StringIO()):  # where it tells all that it tries
             code = torch._inductor.compile(module, inputs)

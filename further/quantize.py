@@ -74,16 +74,20 @@ class Int8Linear(nn.Module):
     def forward(self, x):
         by, kernels = self.scale, x.is_cpu and x.dtype in (torch.float32, torch.bfloat16)
         many = AMX and x.dtype == torch.bfloat16 and x.numel() >= MANY * self.in_features
-        if kernels and torch.compiler.is_compiling():  # which cannot trace what is packed for the kernel below
-            y = self.traced(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
-        elif kernels and not many and X86:
+        if kernels and torch.compiler.is_compiling():  # which cannot trace what is packed for the kernels below
+            y = self.scaled(self.traced(x.reshape(-1, self.in_features)), by)  # its patterns are of matrices
+            return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
+        if kernels and not many and X86:
             by, alone = greatest(x.float()) / steps(), x.numel() == self.in_features
             whole = self.one if alone or not AMX else self.several
             y = whole(x.float() / by)  # what is no number is lost there; `by` has it
         else:
             y = F.linear(x, self.weight.to(x.dtype)).to(torch.promote_types(x.dtype, torch.float32))
-        y = y.mul_(by) if self.bias is None else y.mul_(by).add_(self.bias)  # no memory is taken for either
-        return y.to(x.dtype)
+        return self.scaled(y, by).to(x.dtype)
+
+    def scaled(self, y, by):
+        """y * by + bias. No memory is taken for either."""
+        return y.mul_(by) if self.bias is None else y.mul_(by).add_(self.bias)
 
     def traced(self, rows):
         """rows times Q, in fp32, by operations of which a compiler has kernels: one is made for single rows."""
