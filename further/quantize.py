@@ -78,9 +78,9 @@ class Int8Linear(nn.Module):
             y = self.scaled(self.traced(x.reshape(-1, self.in_features)), by)  # its patterns are of matrices
             return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
         if kernels and not many and X86:
-            by, alone = greatest(x.float()) / steps(), x.numel() == self.in_features
-            whole = self.one if alone or not AMX else self.several
-            y = whole(x.float() / by)  # what is no number is lost there; `by` has it
+            exact, whole = x.float(), self.several if AMX and x.numel() > self.in_features else self.one
+            by = greatest(exact) / steps()
+            y = whole(exact / by)  # what is no number is lost there; `by` has it
         else:
             y = F.linear(x, self.weight.to(x.dtype)).to(torch.promote_types(x.dtype, torch.float32))
         return self.scaled(y, by).to(x.dtype)
