@@ -83,9 +83,8 @@ class SelfAttention(Attention):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
     def qkv(self, x):
-        H, KV, D = self.n_head, self.n_kv_head, self.head_dim
-        q, k, v = self.c_attn(x).split([H * D, KV * D, KV * D], dim=-1)
-        return self.heads(q), self.heads(k), self.heads(v)  # (B, H, T, D), (B, KV, T, D), (B, KV, T, D)
+        H, KV = self.n_head, self.n_kv_head
+        return self.heads(self.c_attn(x)).split([H, KV, KV], dim=1)  # (B, H, T, D), (B, KV, T, D), (B, KV, T, D)
 
     def forward(self, x, pos, key_pos):
         """x: (B, T, C) at positions pos (T,) -> (B, T, C). key_pos: the same, or (B, T) where rows are padded."""

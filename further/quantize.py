@@ -43,6 +43,7 @@ X86 = torch.backends.quantized.engine == "x86"  # whether PyTorch has kernels fo
 AMX = torch.cpu._is_amx_tile_supported()  # whether this processor multiplies matrices of 8 and 16 bits by itself
 MANY = 256    # rows from which weights that are made bfloat16 first have earned it, where that is what is multiplied
 LEVELS = 127  # of either sign; -128 is left out, so that two products of 7 and 8 bits fit the kernel's 16
+TINY = torch.finfo(torch.float32).tiny  # what a scale is at least, where it may not be 0
 PACKED = "one", "several"  # what an Int8Linear has packed
 BATCHES = 100  # of eight held-out rows, at most
 
@@ -67,27 +68,30 @@ class Int8Linear(nn.Module):
         new = cls(linear.in_features, linear.out_features, bias=False)
         weight = linear.weight.float().contiguous()  # GPT-2's are transposed in its file
         new.scale = weight.abs().amax(1) / LEVELS
-        new.weight = (weight / new.scale.clamp(min=torch.finfo().tiny)[:, None]).round().to(torch.int8)
+        new.weight = (weight / new.scale.clamp(min=TINY)[:, None]).round().to(torch.int8)
         new.bias = linear.bias
         return new.to(linear.weight)
 
     def forward(self, x):
-        by, kernels = self.scale, x.is_cpu and x.dtype in (torch.float32, torch.bfloat16)
+        kernels = x.is_cpu and x.dtype in (torch.float32, torch.bfloat16)
         many = AMX and x.dtype == torch.bfloat16 and x.numel() >= MANY * self.in_features
         if kernels and torch.compiler.is_compiling():  # which cannot trace what is packed for the kernels below
-            y = self.scaled(self.traced(x.reshape(-1, self.in_features)), by)  # its patterns are of matrices
-            return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
-        if kernels and not many and X86:
-            exact, whole = x.float(), self.several if AMX and x.numel() > self.in_features else self.one
-            by = greatest(exact) / steps()
-            y = whole(exact / by)  # what is no number is lost there; `by` has it
+            y = self.traced(x.reshape(-1, self.in_features)).mul_(self.scale)  # its patterns are of matrices
+            y = y.view(*x.shape[:-1], self.out_features)
+        elif kernels and not many and X86:
+            y = (self.alone if x.numel() == self.in_features else self.together)(x.float())
         else:
-            y = F.linear(x, self.weight.to(x.dtype)).to(torch.promote_types(x.dtype, torch.float32))
-        return self.scaled(y, by).to(x.dtype)
+            y = F.linear(x, self.weight.to(x.dtype)).to(torch.promote_types(x.dtype, torch.float32)).mul_(self.scale)
+        return (y if self.bias is None else y.add_(self.bias)).to(x.dtype)
 
-    def scaled(self, y, by):
-        """y * by + bias. No memory is taken for either."""
-        return y.mul_(by) if self.bias is None else y.mul_(by).add_(self.bias)
+    def alone(self, x):
+        """A row times s Q. Its scale is a number, which the kernel takes: three operations fewer."""
+        return self.one(x, max(greatest(x).item() / steps(), TINY))
+
+    def together(self, x):
+        """Rows times s Q, each with a scale of its own."""
+        by = greatest(x) / steps()
+        return (self.several if AMX else self.one)(x / by).mul_(by)  # what is no number is lost there; `by` has it
 
     def traced(self, rows):
         """rows times Q, in fp32, by operations of which a compiler has kernels: one is made for single rows."""
@@ -99,18 +103,19 @@ class Int8Linear(nn.Module):
 
     @cached_property
     def one(self):
-        """A function: x (..., in) fp32 from -steps() to steps(), rounded to whole numbers, times s Q."""
+        """A function: x (..., in) fp32, whose numbers are rounded to multiples of `by`, up to steps(), times s Q."""
         with warnings.catch_warnings():  # that such tensors will go one day
             warnings.simplefilter("ignore")
             q = torch._make_per_channel_quantized_tensor(self.weight, self.scale.double(),
                                                          torch.zeros_like(self.scale).long(), 0)
             packed = torch.ops.quantized.linear_prepack(q, None)  # the weights once more, in the kernel's order
         zero = steps() + 1  # which number stands for 0
-        return lambda x: torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(x, 1.0, zero, packed)
+        product = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
+        return lambda x, by=1.0: product(x, by, zero, packed)
 
     @cached_property
     def several(self):
-        """The same by AMX: eight rows 1.3 times as fast, hundreds twice, but not one. It has an order of its own."""
+        """The same of what `by` has divided, by AMX: eight rows 1.3 times as fast, hundreds twice, but not one."""
         packed, zeros = torch.ops.onednn.qlinear_prepack(self.weight, None), torch.zeros_like(self.scale).long()
         return lambda x: torch.ops.onednn.qlinear_pointwise(x.round().to(torch.int8), 1.0, 0, packed, self.scale, zeros,
                                                             None, 1.0, 0, torch.float32, "none", [], "")
