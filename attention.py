@@ -159,7 +159,7 @@ class CrossAttention(Attention):
 
     def project(self, encoded):
         """(B, N, C) -> keys and values, (B, KV, N, D) each."""
-        k, v = map(self.heads, self.c_kv(encoded).chunk(2, dim=-1))
+        k, v = self.heads(self.c_kv(encoded)).chunk(2, dim=1)
         if k.is_cuda:  # whose heads are read all at once, wherever they lie
             return k, v
         return k.contiguous(), v.contiguous()  # elsewhere one by one, by every step: what lies together comes sooner
