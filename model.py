@@ -9,7 +9,6 @@ whoever trains. Shapes: B rows, T new tokens of a text, N tokens of a source, C 
 
 import math
 from dataclasses import dataclass, fields, replace
-from typing import ClassVar
 
 import torch
 import torch.nn as nn
@@ -66,17 +65,16 @@ class Config:
 
     def validate(self):
         """Raise UserError on what cannot be, before anything is allocated."""
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name.startswith(("n_", "vocab_", "block_", "max_")) and value is not None and value < 1:
-                raise UserError(f"{field.name}={value} must be at least 1")
-            if field.name.endswith("pdrop") and not 0 <= value < 1:
-                raise UserError(f"{field.name}={value} is a probability: choose it from 0 to below 1")
-            if field.name == "layer_norm_eps" and not 0 < value < 1:
+        for name, value in ((field.name, getattr(self, field.name)) for field in fields(self)):
+            if name.startswith(("n_", "vocab_", "block_", "max_")) and value is not None and value < 1:
+                raise UserError(f"{name}={value} must be at least 1")
+            if name.endswith("pdrop") and not 0 <= value < 1:
+                raise UserError(f"{name}={value} is a probability: choose it from 0 to below 1")
+            if name == "layer_norm_eps" and not 0 < value < 1:
                 raise UserError(f"layer_norm_eps={value} must be above 0 and below 1, and is usually 1e-5")
             ids = [] if value is None else value if value and isinstance(value, list) else [value]  # [] is no id
-            if field.name.endswith("_id") and any(type(i) is not int or not 0 <= i < self.vocab_size for i in ids):
-                raise UserError(f"{field.name}={value!r:.60} is not in a vocabulary of {self.vocab_size} (ids from 0)")
+            if name.endswith("_id") and any(type(i) is not int or not 0 <= i < self.vocab_size for i in ids):
+                raise UserError(f"{name}={value!r:.60} is not in a vocabulary of {self.vocab_size} (ids from 0)")
         try:
             for role in ("encoder", "decoder", "cross"):
                 head_sizes(self.of(role))
@@ -87,7 +85,7 @@ class Config:
 
 @dataclass(slots=True)
 class GPTConfig(Config):
-    is_encoder_decoder: ClassVar[bool] = False
+    is_encoder_decoder = False
     n_layer: int = 12
     vocab_size: int = 50257
     eos_id: int | list | None = None  # the id that ends a text, or several, if there is one
@@ -95,7 +93,7 @@ class GPTConfig(Config):
 
 @dataclass(slots=True)
 class BARTConfig(Config):
-    is_encoder_decoder: ClassVar[bool] = True
+    is_encoder_decoder = True
     n_encoder_layer: int = 6
     n_decoder_layer: int = 6
     n_decoder_kv_head: int | None = None  # of the decoder's self-attention, None = n_kv_head
@@ -200,8 +198,7 @@ class Model(nn.Module):
         """
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear | nn.Embedding):
-                residual = name.endswith("c_proj")
-                nn.init.normal_(module.weight, std=0.02 / math.sqrt(n_residual) if residual else 0.02)
+                nn.init.normal_(module.weight, std=0.02 / math.sqrt(n_residual if name.endswith("c_proj") else 1))
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
 
