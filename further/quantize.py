@@ -79,23 +79,30 @@ class Int8Linear(nn.Module):
             y = self.traced(x.reshape(-1, self.in_features)).mul_(self.scale)  # its patterns are of matrices
             y = y.view(*x.shape[:-1], self.out_features)
         elif kernels and not many and X86:
-            y = (self.alone if x.numel() == self.in_features else self.together)(x.float())
+            y = (self.alone if AMX and x.numel() == self.in_features else self.together)(x.float())
         else:
             y = F.linear(x, self.weight.to(x.dtype)).to(torch.promote_types(x.dtype, torch.float32)).mul_(self.scale)
         return (y if self.bias is None else y.add_(self.bias)).to(x.dtype)
 
     def alone(self, x):
-        """A row times s Q. Its scale is a number, which the kernel takes: three operations fewer."""
-        return self.one(x, max(greatest(x).item() / steps(), TINY))
+        """
+        A row times s Q. Its scale is a number, which the kernel takes: three operations fewer. It multiplies by 1 / by,
+        so of a million inputs some five become another level than in together(), where several() rounds by itself.
+        """
+        by = greatest(x).item() / steps()
+        return self.one(x, max(by, TINY))  # in this order a `by` that is no number stays
 
     def together(self, x):
         """Rows times s Q, each with a scale of its own."""
         by = greatest(x) / steps()
-        return (self.several if AMX else self.one)(x / by).mul_(by)  # what is no number is lost there; `by` has it
+        product = self.several if AMX and x.numel() else self.one
+        return product(x / by).mul_(by)  # what is no number is lost there; `by` has it
 
     def traced(self, rows):
         """rows times Q, in fp32, by operations of which a compiler has kernels: one is made for single rows."""
         if not AMX or len(rows) == 1:
+            if self.in_features % 16:  # that kernel reads 16 numbers at a time, and beyond the end
+                return F.linear(rows.float(), self.weight.float())
             ones = torch.ones_like(self.scale, dtype=torch.bfloat16)
             return torch._weight_int8pack_mm(rows.bfloat16(), self.weight, ones).float()
         most = greatest(rows.float()) / LEVELS

@@ -278,9 +278,7 @@ def load(args):
 
 def prepared(args, model):
     """A model whose linears hold what is asked for, and multiply as is fastest on this machine."""
-    several = args.prompts or args.speculate or max(args.num_samples, args.rows, args.beams or 1) > 1
-    model = import_module("further.quantize").quantize(model) if args.quantize else model
-    return fastest(model, alone=not (several or args.compile))  # a compiled step would have a copy of its own
+    return fastest(import_module("further.quantize").quantize(model) if args.quantize else model)
 
 
 def load_draft(args, model, tokenizer):

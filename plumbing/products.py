@@ -38,10 +38,10 @@ class InParts(nn.Linear):
 
 
 class Several(nn.Linear):
-    """In fp32: by product() but for a single row, where MKL is slow with several alone. See also fastest()."""
+    """In fp32: by product() but for a single row, where MKL is slow with several alone."""
 
     def forward(self, x):
-        if x.numel() == self.in_features or not self.weight.is_contiguous() or plainly(x, torch.float32):
+        if x.numel() == self.in_features or plainly(x, torch.float32):
             return super().forward(x)
         return product(x, self.weight, self.bias)
 
@@ -115,14 +115,10 @@ def kind(weight):
 
 
 @torch.no_grad()
-def fastest(model, alone=False):
-    """
-    Have the linears of a model that is on a CPU multiply as is fastest there, in place; return it. alone: whether one
-    row decodes. GPT-2's files have most matrices transposed, and so they stay for it, where MKL reads them even faster.
-    """
+def fastest(model):
+    """Have the linears of a model that is on a CPU multiply as is fastest there, in place; return it."""
     linears = [module for module in model.modules() if type(module) is nn.Linear and module.weight.device.type == "cpu"]
     for linear in linears:
         linear.__class__ = kind(linear.weight)
-        if not (alone and type(linear) is Several):
-            linear.weight.data = linear.weight.contiguous()
+        linear.weight.data = linear.weight.contiguous()  # GPT-2's files have some transposed
     return model

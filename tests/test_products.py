@@ -17,7 +17,6 @@ from plumbing.weights import load_model, save_pretrained
 from test_model import rough
 
 LOW = [torch.bfloat16, torch.float16]
-ALONE = dict(prompts=None, speculate=None, num_samples=1, rows=1, beams=None, compile=False)  # of a command
 onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN")
 
 
@@ -101,7 +100,7 @@ def test_several_rows_take_a_row_of_each_part_where_mkl_is_not_slow(n_out, n, bi
         found, kernels = asked(lambda: other(x))
         exact = F.linear(x.double(), plain.weight.double(), plain.bias.double() if bias else None)
         assert found.shape == exact.shape and (found - exact).abs().max() <= 1e-5
-        several = not view and n > 1 and 1 < x[..., 0].numel() <= products.SEVERAL  # a view would be copied
+        several = n > 1 and 1 < x[..., 0].numel() <= products.SEVERAL
         assert kernels == ("" if not several else "P" if bias else "p")
 
 
@@ -214,7 +213,7 @@ def test_models_compute_the_same_cached_and_not(cls, monkeypatch):
                       GPTConfig(n_layer=2, **sizes)), torch.float32)
     for p in model.parameters():
         p.data /= 3
-    args = Namespace(**ALONE, quantize=None)
+    args = Namespace(quantize=None)
     other = cli.prepared(args, copy.deepcopy(model))
     assert other.lm_head.weight is other.wte.weight and type(other.lm_head) is InParts
     ids = torch.randint(3, 37, (3, 12))
@@ -237,9 +236,9 @@ def test_models_compute_the_same_cached_and_not(cls, monkeypatch):
 @pytest.mark.usefixtures("slow")
 def test_a_model_that_is_small_or_of_whole_numbers_stays_as_it_is(monkeypatch):
     model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=16, vocab_size=37, block_size=24))
-    assert type(cli.prepared(Namespace(**ALONE, quantize=None), model).lm_head) is nn.Linear
+    assert type(cli.prepared(Namespace(quantize=None), model).lm_head) is nn.Linear
     monkeypatch.setattr(products, "LARGE", 0)
-    whole = cli.prepared(Namespace(**ALONE, quantize="int8"), copy.deepcopy(model))
+    whole = cli.prepared(Namespace(quantize="int8"), copy.deepcopy(model))
     kinds = {type(module).__name__ for module in whole.modules()}
     assert "Int8Linear" in kinds and not kinds & {"InParts", "Linear"}
     assert type(fastest(model.to("meta")).lm_head) is nn.Linear  # as one that is elsewhere
@@ -252,20 +251,7 @@ def test_gpt2_matrices_are_views_only_where_they_are_read_fast(tmp_path, monkeyp
     assert not load_model(tmp_path).h[0].mlp.c_fc.weight.is_contiguous()
     for dtype in LOW:
         assert all(p.is_contiguous() for p in load_model(tmp_path, dtype).parameters())
-    for kind, alone in (InParts, True), (InParts, False), (Several, True), (Several, False):
-        monkeypatch.setattr(products, "kind", lambda weight: kind)
-        loaded = fastest(load_model(tmp_path), alone)
-        laid_out = kind is InParts or not alone
-        assert all(p.is_contiguous() for p in loaded.parameters()) is laid_out
-        assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters()))
-
-
-@onednn
-@pytest.mark.parametrize("flags, alone", [
-    ("", True), ("--num-samples=2 --temperature=1", False), ("--beams=2", False), ("--speculate=lookup", False),
-    ("--compile", False)])
-def test_only_a_single_row_has_matrices_as_they_are_stored(flags, alone, tiny_gpt, monkeypatch):
-    """Several rows would copy a transposed one for every product, and a compiled step for itself."""
-    monkeypatch.setattr(products, "kind", lambda weight: Several)
-    model, *_ = cli.load(cli.parse("", ["--model", str(tiny_gpt.path), "--prompt=a", *flags.split()]))
-    assert model.h[0].mlp.c_fc.weight.is_contiguous() is not alone
+    monkeypatch.setattr(products, "kind", lambda weight: InParts)
+    loaded = fastest(load_model(tmp_path))
+    assert all(p.is_contiguous() for p in loaded.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters()))

@@ -119,15 +119,29 @@ def test_the_kernel_errs_by_half_a_level_of_each_input_at_most(dtype, amx, trace
         moved = levels * (whole.weight.double() * whole.scale.double()[:, None]).abs().sum(1)
         bound = moved * (1 + 1e-5) + (exact.abs() + moved) * torch.finfo(dtype).eps * 2 + 1e-7
         assert y.shape == (5, 3, 33) and ((y - exact).abs() <= bound).all()
-        few = x[2:3, 1:3]  # a row does not depend on its neighbours
-        assert torch.equal(whole(few), whole(x)[2:3, 1:3])
-        if not traced:  # nor on having any: the same levels, whose sums are multiplied by both scales at once
+        few = x[2:3, 1 : 3 if amx else 2]  # a row does not depend on its neighbours
+        assert torch.equal(whole(few), whole(x)[2:3, 1 : 1 + few.size(1)])
+        if amx and not traced:  # nor on having any: the same levels, whose sums are multiplied by both scales at once
             apart, summed = whole(x[2:3, 1:2]).double() - y[2:3, 1:2], y[2:3, 1:2] - whole.bias.double()
             assert (apart.abs() <= 2 * torch.finfo(dtype).eps * (summed.abs() + whole.bias.double().abs())).all()
+        assert traced or torch.equal(whole(x[:1, :1])[0, 0], whole.bias)  # of zeros, alone
         for bad in (float("nan"), float("inf")):
             x[1, 2, 3] = bad
             finite = whole(x).isfinite().all(-1)
             assert not finite[1, 2] and finite.sum() == 14
+            assert traced or not whole(x[1:2, 2:3]).isfinite().any()  # alone
+        if not traced:
+            assert whole(x[:0]).shape == (0, 3, 33) and whole(x[:, :0]).shape == (5, 0, 33)
+
+
+@pytest.mark.parametrize("rows", [1, 7])
+def test_a_compiler_gets_no_kernel_that_reads_beyond_a_row(rows, monkeypatch):
+    monkeypatch.setattr(command, "AMX", False)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    torch.manual_seed(7)
+    whole, x = Int8Linear.of(nn.Linear(72, 33)), torch.randn(rows, 72)
+    with torch.no_grad():
+        assert (whole(x) - copy.deepcopy(whole).double()(x.double())).abs().max() <= 1e-5
 
 
 def test_sums_do_not_overflow_where_all_numbers_are_largest():
