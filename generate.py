@@ -20,6 +20,7 @@ import sys
 import time
 from array import array
 from importlib import import_module
+from statistics import median
 
 from plumbing.errors import UserError, guard_imports, run
 
@@ -322,9 +323,9 @@ def show_stats(request, rows, seconds):
         predicted = cost.predict(config, strategy, N, request.max_new_tokens - (longest - S), len(rows),
                                  request.model.wte.weight.element_size(), begun)
         kept = f"; cache of {S} positions, {predicted['self_cache_bytes']:,} bytes"
-    later = seconds[1:] or [0.0]
+    later = seconds[1:] or [0.0]  # of which the first may compile: a median tells what the others take
     print(f"{N} prompt tokens, first token after {1e3 * seconds[0]:.1f} ms; {sum(map(len, rows))} new tokens, "
-          f"{1e3 * sum(later) / len(later):.2f} ms per step after it{kept}", file=sys.stderr)
+          f"{1e3 * median(later):.2f} ms per step after it{kept}", file=sys.stderr)
 
 
 # techniques that write the text in another way, and their modules, which are imported only then

@@ -104,15 +104,15 @@ def random_model(name, dtype, device, overrides=()):
 def count_parameters(config):
     """
     How many numbers a model of this configuration holds, tied ones once. Small ones are built for it, without memory,
-    and their layers multiplied: so it stays right for a model that somebody changes. Raises UserError if the sizes are
-    beyond what a tensor can have.
+    and their layers multiplied: so it stays right for a model that somebody changes. (Patterns hold none, and may be as
+    many as layers.) Raises UserError if the sizes are beyond what a tensor can have.
     """
     cls = next(cls for cls in MODELS.values() if isinstance(config, cls.config_class))
     depths = [name for name in ("n_layer", "n_encoder_layer", "n_decoder_layer") if hasattr(config, name)]
 
     def size(**layers):
         with torch.device("meta"), Uninitialised():
-            return cls(replace(config, **dict.fromkeys(depths, 1) | layers)).count_parameters()
+            return cls(replace(config, pattern="full", **dict.fromkeys(depths, 1) | layers)).count_parameters()
 
     try:
         base = size()

@@ -181,11 +181,12 @@ def test_the_published_sizes_are_those_of_transformers():
 
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(cls=st.sampled_from([GPT, BART]), kv=st.sampled_from([None, 1, 2, 4]), inner=st.sampled_from([None, 5]),
-       layers=st.integers(1, 3), more=st.integers(1, 3), V=st.integers(3, 9), P=st.integers(1, 9), tie=st.booleans())
-def test_parameters_are_counted_without_building_the_model(cls, kv, inner, layers, more, V, P, tie):
+       layers=st.integers(1, 3), more=st.integers(1, 3), V=st.integers(3, 9), P=st.integers(1, 9), tie=st.booleans(),
+       listed=st.booleans())
+def test_parameters_are_counted_without_building_the_model(cls, kv, inner, layers, more, V, P, tie, listed):
     depth = dict(n_layer=layers) if cls is GPT else dict(n_encoder_layer=layers, n_decoder_layer=more)
     config = replace(cls.get_default_config(), n_head=4, n_embd=8, n_kv_head=kv, n_inner=inner, vocab_size=V, block_size=P,
-                     tie_weights=tie, **depth)
+                     tie_weights=tie, pattern=["local:1"] * list(depth.values())[-1] if listed else "full", **depth)
     with torch.device("meta"):
         assert cls(config).count_parameters() == count_parameters(config)
 
